@@ -1,0 +1,1 @@
+"""llaso_jax: LLaSO speech-language models in JAX/Flax."""
