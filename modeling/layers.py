@@ -1,0 +1,126 @@
+"""The leaf modules both towers are made of, and the way a stack of equal layers is declared.
+
+Every parameter is declared once, with its logical axes, in the layout of Hugging Face (weights are
+[out, in], so importing one is a reshape at most). Computation runs in the dtype of the
+input; norms run in f32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llaso_jax.sharding.rules import LogicalAxes, gather
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+"""Exact (erf) GELU, as in Whisper and the projector; JAX's default is the tanh approximation."""
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std^2)."""
+    return jax.nn.initializers.normal(std)
+
+
+def param(
+    rngs: nnx.Rngs, initializer: Initializer, shape: tuple[int, ...], axes: LogicalAxes
+) -> nnx.Param:
+    """Declare an f32 parameter of `shape` whose dimensions are the logical `axes`."""
+    assert len(shape) == len(axes), (shape, axes)
+    value = initializer(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, logical_axes=axes)
+
+
+def use(weight: nnx.Param, axes: LogicalAxes, dtype: Any) -> jax.Array:
+    """The weight as computation sees it: cast first, so that FSDP gathers the narrower dtype."""
+    return gather(weight[...].astype(dtype), axes)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b over possibly several input and output dimensions.
+
+    weight: f32[*out_shape, *in_shape] (Hugging Face order); bias: f32[*out_shape].
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        *,
+        in_axes: LogicalAxes,
+        out_axes: LogicalAxes,
+        bias: bool,
+        init: Initializer,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.axes = (*out_axes, *in_axes)
+        self.bias_axes = tuple(_vector_axis(axis) for axis in out_axes)
+        self.weight = param(rngs, init, (*out_shape, *in_shape), self.axes)
+        self.bias = param(rngs, bias_init, out_shape, self.bias_axes) if bias else None
+        self.num_in = len(in_shape)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., *in_shape] -> [..., *out_shape]."""
+        weight = use(self.weight, self.axes, x.dtype)
+        contract_x = tuple(range(x.ndim - self.num_in, x.ndim))
+        contract_w = tuple(range(weight.ndim - self.num_in, weight.ndim))
+        y = jax.lax.dot_general(x, weight, ((contract_x, contract_w), ((), ())))
+        if self.bias is None:
+            return y
+        bias = use(self.bias, self.bias_axes, x.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def _vector_axis(axis: str | None) -> str | None:
+    # Vectors along the residual width are tiny: kept whole ("norm"), never split over fsdp.
+    return "norm" if axis in ("embed", "embed_out") else axis
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation in f32 (torch.nn.LayerNorm)."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs) -> None:
+        self.weight = param(rngs, jax.nn.initializers.ones, (dim,), ("norm",))
+        self.bias = param(rngs, jax.nn.initializers.zeros, (dim,), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D] -> [..., D], same dtype."""
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        centred = x32 - mean
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        return (y * _row(self.weight, y) + _row(self.bias, y)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in f32 (transformers LlamaRMSNorm)."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs) -> None:
+        self.weight = param(rngs, jax.nn.initializers.ones, (dim,), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D] -> [..., D], same dtype."""
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (y * _row(self.weight, y)).astype(x.dtype)
+
+
+def _row(vector: nnx.Param, like: jax.Array) -> jax.Array:
+    # Explicit rank: the test-suite forbids implicit rank promotion.
+    return vector[...].astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`num` layers of one shape as one module whose parameters have a leading "layers" axis."""
+    stacked = nnx.vmap(make)(rngs.split(num))
+    for _, variable in nnx.to_flat_state(nnx.state(stacked)):
+        variable.set_metadata(logical_axes=("layers", *variable.get_metadata()["logical_axes"]))
+    return stacked
