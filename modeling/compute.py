@@ -7,6 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from llaso_jax.modeling.kernels.attention.api import Implementation
+
 RematPolicy = Literal["none", "dots", "layer"]
 
 
@@ -24,7 +26,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematPolicy = "none"
-    attention: Literal["auto", "reference"] = "auto"
+    attention: Implementation = "auto"
 
     @property
     def jnp_dtype(self) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -11,7 +12,7 @@ from llaso_jax.sharding.rules import ShardingError
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 """data: replicas; fsdp: batch and parameter shards; tensor: heads, ffn, vocab; context: sequence."""
 
 
@@ -66,7 +67,7 @@ def provide_cpu_devices(count: int) -> None:
         return
 
 
-def make_mesh(text: str, *, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(text: str, *, devices: list[Any] | None = None) -> Mesh:
     """Mesh with the axes of `MESH_AXES` over `devices` (default: all, virtual ones on a CPU-only machine).
 
     Raises:
