@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_corpus import CHATML, byte_tokenizer
 
 from llaso_jax.data.prompt import (
     AUDIO_ID,
@@ -13,16 +14,11 @@ from llaso_jax.data.prompt import (
     Turn,
     encode_prompt,
 )
-from llaso_jax.data.tokenizer import ADDED_TOKENS, add_audio_tokens, load_tokenizer
+from llaso_jax.data.tokenizer import ADDED_TOKENS, load_tokenizer
 from llaso_jax.errors import ConfigError, PromptError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_prompts.json").read_text("utf-8"))
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +31,7 @@ def llama3():
 
 @pytest.fixture(scope="module")
 def chatml():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = CHATML
-    return add_audio_tokens(tokenizer)
+    return byte_tokenizer()
 
 
 def turns_of(case):
@@ -122,7 +108,7 @@ def test_chatml_supervises_answers_and_their_end_of_turn(chatml):
         (None, "has none"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "cannot be told"),
         (CHATML.replace("m['content']", "m['content'] | upper"), "cannot be told"),
-        ("{{ messages | length }}" + CHATML, "cannot be told"),
+        ("{{ messages | length }}" + CHATML, "cannot be told"),  # rewrites what went before
     ],
 )
 def test_templates_that_hide_the_answer_are_refused(chatml, template, problem):
@@ -154,7 +140,7 @@ def test_conversations_that_cannot_be_learnt_are_refused(chatml, turns, audios, 
 
 def test_text_past_model_max_length_is_an_error_or_a_recorded_truncation(chatml):
     turns = ask("<audio>Hi", "Word " * 50)
-    base = dict(chat_format="tokenizer", system_prompt="")
+    base = {"chat_format": "tokenizer", "system_prompt": ""}
     full = encode_prompt(turns, chatml, PromptConfig(**base))
     text_tokens = int((full.token_ids != AUDIO_ID).sum())
     with pytest.raises(PromptError, match=f"{text_tokens} text tokens, `model_max_length` is 200"):

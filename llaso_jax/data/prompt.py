@@ -66,6 +66,9 @@ class PromptConfig:
             raise ConfigError(f"model_max_length is {self.model_max_length}; at least 1 is needed")
 
 
+LLASO_PROMPT = PromptConfig()
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A tokenized conversation whose audios are still place-holders.
@@ -93,7 +96,7 @@ Piece = tuple[str, bool]
 def encode_prompt(
     turns: Sequence[Turn],
     tokenizer: "PreTrainedTokenizerFast",
-    config: PromptConfig = PromptConfig(),
+    config: PromptConfig = LLASO_PROMPT,
     *,
     audios: int | None = None,
     for_generation: bool = False,

@@ -1,0 +1,134 @@
+"""Settings of the data pipeline."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llaso_jax.data.audio import AudioPolicy
+from llaso_jax.errors import ConfigError
+from llaso_jax.modeling.frames import AUDIO_MODES, CHUNK_MEL_FRAMES, AudioMode
+
+
+@dataclass(frozen=True)
+class AudioLayout:
+    """What the model takes of a piece of audio; it belongs to the model and its checkpoint.
+
+    Attributes:
+        mode: see `llaso_jax.modeling.frames.AudioMode`.
+        stack: encoder frames stacked before the projector (1 is LLaSO).
+        mel_bins: M, 80 or 128 for released Whisper models.
+    """
+
+    mode: AudioMode = "padded"
+    stack: int = 1
+    mel_bins: int = 128
+
+    def __post_init__(self) -> None:
+        if self.mode not in AUDIO_MODES:
+            raise ConfigError(f"audio mode {self.mode!r}; one of {AUDIO_MODES} is needed")
+        _need_positive(self, "stack", "mel_bins")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, how they are read and what shape a batch has.
+
+    Attributes:
+        train_json: LLaSO-format files (JSON array or JSON lines) to train on.
+        eval_json: the same to evaluate on.
+        data_root: folder that relative audio paths start at; None for each JSON file's own.
+        index_dir: folder for record offsets; None for each JSON file's own.
+        sequence_length: S, token positions of a row, audio included.
+        rows: B, rows of a batch over all processes.
+        chunks_per_row: C, most 30 s audio chunks in a row.
+        answers_per_row: A, most supervised tokens in a row.
+        mel_buckets: mel frames a chunk may be padded to, rising; (3000,) unless the audio
+            mode is true_length.
+        packing: several samples in a row; off, each has its own.
+        window: samples held while packing: more pack denser and take more memory (about
+            0.5 MB per 9 s of audio).
+        shuffle: draw training samples in an order set by `seed` and epoch.
+        seed: of the order of samples.
+        epochs: passes over the training data; None for no end.
+        num_workers: worker processes that load samples; 0 loads in threads of this process.
+        num_threads: loading threads, of each worker process where there are some.
+        read_ahead: samples loaded before they are asked for, per worker process.
+        prefetch_batches: packed batches held ready.
+        max_audio_seconds: longest audio file taken; None for no limit.
+        audio_policy: what happens to longer ones: `error` (see `bad_sample_policy`) or `truncate`.
+        bad_sample_policy: `raise` stops at the first sample that cannot be used; `quarantine`
+            lists it in a file and goes on.
+        max_quarantined_share: share of bad samples above which the run stops.
+        quarantine_min_samples: samples read before that share is judged (and at the end of data).
+    """
+
+    train_json: tuple[str, ...] = ()
+    eval_json: tuple[str, ...] = ()
+    data_root: str | None = None
+    index_dir: str | None = None
+    sequence_length: int = 4096
+    rows: int = 8
+    chunks_per_row: int = 4
+    answers_per_row: int = 512
+    mel_buckets: tuple[int, ...] = (CHUNK_MEL_FRAMES,)
+    packing: bool = True
+    window: int = 64
+    shuffle: bool = True
+    seed: int = 0
+    epochs: float | None = 1.0
+    num_workers: int = 0
+    num_threads: int = 4
+    read_ahead: int = 16
+    prefetch_batches: int = 2
+    max_audio_seconds: float | None = 600.0
+    audio_policy: AudioPolicy = "error"
+    bad_sample_policy: Literal["raise", "quarantine"] = "raise"
+    max_quarantined_share: float = 0.01
+    quarantine_min_samples: int = 100
+
+    def __post_init__(self) -> None:
+        _need_positive(
+            self,
+            *("sequence_length", "rows", "chunks_per_row", "answers_per_row", "window"),
+            *("epochs", "num_threads", "read_ahead", "max_audio_seconds"),
+        )
+        for name in ("num_workers", "prefetch_batches", "quarantine_min_samples", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}; 0 or more is needed")
+        if not 0 <= self.max_quarantined_share <= 1:
+            raise ConfigError(
+                f"`max_quarantined_share` is {self.max_quarantined_share}; 0 to 1 is needed"
+            )
+        buckets = self.mel_buckets
+        if (
+            not buckets
+            or list(buckets) != sorted(set(buckets))
+            or not 0 < buckets[0] <= buckets[-1] <= CHUNK_MEL_FRAMES
+        ):
+            raise ConfigError(
+                f"`mel_buckets` is {buckets}; rising numbers from 1 to {CHUNK_MEL_FRAMES} are needed"
+            )
+
+    def check(self, layout: AudioLayout, *, process_count: int = 1) -> None:
+        """Raise ConfigError if these settings cannot serve `layout` or that many processes."""
+        full = (CHUNK_MEL_FRAMES,)
+        if layout.mode != "true_length" and self.mel_buckets != full:
+            raise ConfigError(
+                f"`mel_buckets` is {self.mel_buckets}, but audio mode {layout.mode!r} encodes "
+                f"padded 30 s chunks: set it to {full}, or the mode to 'true_length'"
+            )
+        if self.rows % process_count:
+            raise ConfigError(
+                f"`rows` is {self.rows}, not a multiple of the {process_count} processes"
+            )
+        if process_count > 1 and len(self.mel_buckets) > 1:
+            raise ConfigError(
+                f"`mel_buckets` is {self.mel_buckets} on {process_count} processes: each would "
+                "choose its own bucket for a step, and one program needs one shape; give one"
+            )
+
+
+def _need_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"`{name}` is {value}; a number above 0 is needed")

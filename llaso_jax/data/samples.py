@@ -1,0 +1,181 @@
+"""One record becomes one sample: tokens with audio spliced in, answers, log-mel chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llaso_jax.data.audio import AudioPolicy, chunk_audio, load_audio
+from llaso_jax.data.config import AudioLayout
+from llaso_jax.data.log_mel import log_mel, mel_frames
+from llaso_jax.data.prompt import AUDIO_ID, EncodedPrompt, PromptConfig, encode_prompt
+from llaso_jax.data.records import Record, RecordSource
+from llaso_jax.errors import DataError
+from llaso_jax.modeling.frames import audio_slots, projected_frames
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training sample before packing; s positions, n supervised tokens, c audio chunks.
+
+    Attributes:
+        sample_id: for logs and error messages.
+        tokens: int32[s], pad id at audio positions.
+        slot_chunk: int32[s], which chunk a position shows; -1 for text.
+        slot_frame: int32[s], which projected frame of it; -1 for text.
+        answer_index: int32[n], positions whose NEXT token is supervised.
+        answer_token: int32[n], those tokens.
+        mels: c times float32[M, touched frames]: complete with `pad_mel`.
+        mel_frames: int32[c], valid mel frames.
+        audio_seconds: audio used.
+        seconds_dropped: audio past `max_audio_seconds`.
+        tokens_dropped: text past `model_max_length`.
+    """
+
+    sample_id: str
+    tokens: np.ndarray
+    slot_chunk: np.ndarray
+    slot_frame: np.ndarray
+    answer_index: np.ndarray
+    answer_token: np.ndarray
+    mels: tuple[np.ndarray, ...]
+    mel_frames: np.ndarray
+    audio_seconds: float
+    seconds_dropped: float
+    tokens_dropped: int
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A record that could not become a sample, on its way from a worker to the packer."""
+
+    error: DataError
+
+
+class SampleLoader:
+    """Makes samples of records; can be pickled to worker processes.
+
+    Raises (from `load`):
+        DataError: AudioError, PromptError, … with the sample's id and position.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        prompt: PromptConfig,
+        layout: AudioLayout,
+        max_audio_seconds: float | None = None,
+        audio_policy: AudioPolicy = "error",
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._layout = layout
+        self._max_audio_seconds = max_audio_seconds
+        self._audio_policy: AudioPolicy = audio_policy
+        self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    def load(self, record: Record) -> Sample:
+        """Tokenize the conversation, read the audio and join them."""
+        try:
+            prompt = encode_prompt(
+                record.turns, self._tokenizer, self._prompt, audios=len(record.voices)
+            )
+            audios = [
+                load_audio(voice, max_seconds=self._max_audio_seconds, policy=self._audio_policy)
+                for voice in record.voices
+            ]
+        except DataError as error:
+            raise error.located(sample_id=record.sample_id, position=record.position)  # noqa: B904
+        chunks = [chunk_audio(audio.samples) for audio in audios]
+        flat = [chunk for audio in chunks for chunk in audio]
+        tokens, slot_chunk, slot_frame, supervised = splice(
+            prompt, [[mel_frames(len(c)) for c in audio] for audio in chunks], self._layout,
+            pad_id=self.pad_id,
+        )  # fmt: skip
+        answers = np.flatnonzero(supervised).astype(np.int32)
+        return Sample(
+            sample_id=record.sample_id,
+            tokens=tokens,
+            slot_chunk=slot_chunk,
+            slot_frame=slot_frame,
+            answer_index=answers - 1,
+            answer_token=tokens[answers],
+            mels=tuple(log_mel(chunk, mel_bins=self._layout.mel_bins) for chunk in flat),
+            mel_frames=np.array([mel_frames(len(chunk)) for chunk in flat], np.int32),
+            audio_seconds=sum(audio.seconds_used for audio in audios),
+            seconds_dropped=sum(audio.seconds_dropped for audio in audios),
+            tokens_dropped=prompt.tokens_dropped,
+        )
+
+
+class SampleSource:
+    """Grain random-access source of `Sample`, or `BadSample` where a record cannot become one."""
+
+    def __init__(self, records: RecordSource, loader: SampleLoader) -> None:
+        self._records = records
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __repr__(self) -> str:
+        return f"SampleSource({self._records!r})"
+
+    def __getitem__(self, number: int) -> Sample | BadSample:
+        try:
+            return self._loader.load(self._records[number])
+        except DataError as error:
+            return BadSample(error.with_traceback(None))
+
+
+def splice(
+    prompt: EncodedPrompt,
+    chunk_frames: Sequence[Sequence[int]],
+    layout: AudioLayout,
+    *,
+    pad_id: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Replace each audio place-holder by the slots of that audio's chunks, in order.
+
+    Args:
+        prompt: with one place-holder per audio.
+        chunk_frames: for each audio, the valid mel frames of each of its chunks.
+
+    Returns:
+        tokens int32[s], slot_chunk int32[s], slot_frame int32[s], supervised bool[s].
+    """
+    places = np.flatnonzero(prompt.token_ids == AUDIO_ID)
+    assert len(places) == len(chunk_frames), "encode_prompt checks place-holders against audios"
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add_text(start: int, end: int) -> None:
+        none = np.full(end - start, -1, np.int32)
+        parts.append((prompt.token_ids[start:end], none, none, prompt.supervised[start:end]))
+
+    start, chunk = 0, 0
+    for place, frames in zip(places.tolist(), chunk_frames, strict=True):
+        add_text(start, place)
+        start = place + 1
+        for valid in frames:
+            slots = audio_slots(valid, mode=layout.mode, stack=layout.stack)
+            if layout.mode != "padded":
+                assert slots == projected_frames(valid, stack=layout.stack), "slots != frames"
+            parts.append(
+                (
+                    np.full(slots, pad_id, np.int32),
+                    np.full(slots, chunk, np.int32),
+                    np.arange(slots, dtype=np.int32),
+                    np.zeros(slots, bool),
+                )
+            )
+            chunk += 1
+    add_text(start, len(prompt.token_ids))
+    tokens, slot_chunk, slot_frame, supervised = (
+        np.concatenate(x) for x in zip(*parts, strict=True)
+    )
+    return tokens, slot_chunk, slot_frame, supervised
