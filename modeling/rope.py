@@ -31,14 +31,18 @@ class RopeScaling:
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Angular frequency of each of the head_dim/2 planes, f32 (as transformers computes it)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    # The power in f64, rounded once: NumPy's f32 power is off by an ulp in one plane of five, which is
+    # 5e-3 rad at position 131071. Scalars over arrays are reciprocal, then product, as in torch.
+    powers = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.reciprocal(powers)
     if scaling is None:
         return frequencies
-    wavelengths = 2 * math.pi / frequencies
+    wavelengths = np.reciprocal(frequencies) * np.float32(2 * math.pi)
     low = scaling.original_max_position_embeddings / scaling.low_freq_factor
     high = scaling.original_max_position_embeddings / scaling.high_freq_factor
     # 0 for wavelengths past `low` (slowed by the factor), 1 below `high` (kept), linear between.
-    smooth = (scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor) / (
+    periods = np.reciprocal(wavelengths) * np.float32(scaling.original_max_position_embeddings)
+    smooth = (periods - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies

@@ -59,10 +59,12 @@ class WhisperConfig:
 
 def sinusoids(length: int, channels: int) -> np.ndarray:
     """Whisper's position table f32[length, channels]: sines, then cosines (openai/whisper model.py)."""
-    increment = np.log(10_000) / (channels // 2 - 1)
-    inverse_timescales = np.exp(-increment * np.arange(channels // 2, dtype=np.float32))
+    # Rounded to f32 where torch rounds: an f64 table is 1e-4 from the stored one at position 1500.
+    increment = np.float32(np.log(10_000) / (channels // 2 - 1))
+    exponents = -increment * np.arange(channels // 2, dtype=np.float32)
+    inverse_timescales = np.exp(exponents.astype(np.float64)).astype(np.float32)
     scaled = np.arange(length, dtype=np.float32)[:, None] * inverse_timescales[None, :]
-    return np.concatenate([np.sin(scaled), np.cos(scaled)], axis=1).astype(np.float32)
+    return np.concatenate([np.sin(scaled), np.cos(scaled)], axis=1)
 
 
 class Conv1d(nnx.Module):
