@@ -11,6 +11,7 @@ There is no catch-all: a logical axis without an entry is an error.
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -94,15 +95,16 @@ def check_divisible(
 ) -> None:
     """Raise ShardingError unless each dimension of `shape` divides evenly over its mesh axes."""
     for size, axis, mesh_axes in zip(shape, logical_axes, spec, strict=True):
-        parts = 1
-        for mesh_axis in mesh_axes or ():
-            parts *= mesh.shape[mesh_axis]
+        # A PartitionSpec holds one mesh axis as its bare name.
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
+            split = "x".join(names)
+            hint = " or set model.text.vocab_multiple_of" if axis == "vocab" else ""
             raise ShardingError(
                 f"{name} has {size} along {axis!r} (shape {shape}), which does not split evenly over "
-                f"{parts} devices of mesh axis {'x'.join(mesh_axes or ())}. Choose a mesh whose "
-                f"{'x'.join(mesh_axes or ())} size divides {size}"
-                + (" or set model.text.vocab_multiple_of." if axis == "vocab" else ".")
+                f"the {parts} devices of mesh axis {split}. Choose a mesh whose {split} size divides "
+                f"{size}{hint}."
             )
 
 
