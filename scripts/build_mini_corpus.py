@@ -1,0 +1,732 @@
+#!/usr/bin/env python3
+"""Build the mini corpus that ships in llaso_jax/data/mini (audio, LLaSO JSON, tokenizer, manifest).
+
+Two kinds of speech go in: real prompts of the Asterisk core sounds shorter than four words (longer
+ones are held out by the whole project and are never read), and espeak-ng voices, which speak a
+closed grammar of about fifty words. The same inputs give the same bytes. See docs/mini-corpus.md.
+
+    pip install espeakng-loader==0.2.4
+    apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
+    python scripts/build_mini_corpus.py --asterisk asterisk-core-sounds-en*.deb
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+RATE = 16_000
+SEED = 2508_15418  # every random choice derives from this and a name
+COMPRESSION = 0.975  # libsndfile's Opus scale: 6 kbit/s + (1 - level) * 250 kbit/s = 12 kbit/s
+MAX_SECONDS = 2.4  # quickstart buckets end at 240 mel frames
+MAX_WORDS = 3  # Asterisk prompts of four words or more are held out
+SILENCE = 0.01  # of the peak: what is trimmed at both ends
+DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "llaso_jax" / "data" / "mini"
+
+# ---------------------------------------------------------------------------------- the grammar
+DIGITS = "zero one two three four five six seven eight nine ten".split()
+COLOURS = "red green blue yellow white black".split()
+DEVICES = "light fan radio".split()
+OPENINGS = "door window".split()
+ROOMS = "kitchen bedroom office garden".split()
+COMMANDS = "yes no up down stop go on off".split()
+QUESTION_WORDS = "what which is it plus comes after colour number room".split()
+SINGLES = [*DIGITS, *COLOURS, *DEVICES, *OPENINGS, *ROOMS, *COMMANDS, "turn", "open", "close", "the"]
+
+# ---------------------------------------------------------------------------------- the voices
+# accent label -> espeak-ng voice; the first three are far apart and make the accent task.
+ACCENTS = {
+    "american": "en-us",
+    "scottish": "en-gb-scotland",
+    "midlands": "en-gb-x-gbcwmd",
+    "british": "en-gb-x-rp",
+    "caribbean": "en-029",
+}
+ACCENT_WEIGHT = {"american": 4, "scottish": 3, "midlands": 3, "british": 2, "caribbean": 1}
+ACCENT_TASK = ("american", "scottish", "midlands")
+TRAIN_VARIANTS = {
+    "male": ["", "+m1", "+m3", "+m4", "+m7"],
+    "female": ["+f1", "+f2", "+f4", "+f5"],
+}
+EVAL_VARIANTS = {"male": ["+m2", "+m6"], "female": ["+f3"]}
+TRAIN_RATES, EVAL_RATES = (175, 190, 205, 220), (182, 198, 212)
+TRAIN_PITCHES, EVAL_PITCHES = (35, 45, 55, 65), (40, 50, 60)
+
+# ---------------------------------------------------------------------------------- the tasks
+ASR_TEMPLATES = [
+    "Transcribe the audio.", "Transcribe this speech.", "Transcribe what you hear.",
+    "Transcribe the recording.", "Please transcribe.", "Transcribe the words.",
+    "Write the words.", "Write what you hear.", "Write down the speech.",
+    "Write the spoken words.", "Please write the transcript.", "Write the transcript.",
+    "Give the transcript.", "Give the spoken words.", "Give the words you hear.",
+    "Repeat the words.", "Repeat what you hear.", "Repeat the speech.",
+]  # fmt: skip
+TEMPLATES = {
+    "SCR": ["Which command is spoken?", "Name the spoken command.", "Recognize the command."],
+    "IP": ["What is the intent?", "Name the intent.", "Classify the intent of the speaker."],
+    "EE_colour": ["Which colour is named?", "Extract the colour.", "Name the colour entity."],
+    "EE_number": ["Which number is named?", "Extract the number.", "Name the number entity."],
+    "SGC": ["Is the voice male or female?", "Classify the gender.", "Name the gender."],
+    "AC": ["Which accent is this?", "Classify the accent.", "Name the accent."],
+    "SSD": ["Is the voice human or synthetic?", "Human or synthetic?", "Detect synthetic speech."],
+    "SV": ["Same or different speaker?", "Verify the speaker.", "Do the speakers match?"],
+}
+PURE_AUDIO = "Please listen to the audio and answer the question.<audio>"
+INTENTS = ["activate", "deactivate", "open", "close"]
+# task -> records in (instruct_train, eval); ASR is counted by clips below.
+COUNTS = {
+    "SCR": (220, 32),
+    "IP": (300, 32),
+    "EE": (400, 40),
+    "SGC": (260, 32),
+    "AC": (320, 36),
+    "SSD": (300, 32),
+    "SV": (400, 40),
+    "AQA_at": (400, 36),
+    "AQA_a": (420, 36),
+}
+ASR_EVAL, ASR_INSTRUCT, HUMAN_EVAL = 120, 900, 24
+# family -> synthetic clips in (training, eval)
+FAMILIES = {
+    "word": (500, 76),
+    "digits": (330, 36),
+    "entity": (300, 40),
+    "command": (300, 40),
+    "plus": (260, 30),
+    "after": (90, 10),
+    "attribute": (90, 18),
+}
+MARKUP = re.compile(r"<audio>")
+
+
+@dataclass
+class Clip:
+    """One recording: what is said, by whom and how; `path` is relative to the corpus folder."""
+
+    split: str
+    source: str  # "human" or "synthetic"
+    family: str
+    text: str
+    voice: str = ""
+    accent: str = ""
+    gender: str = ""
+    rate: int = 0
+    pitch: int = 0
+    seed: int = 0
+    band: str = "narrow"  # "narrow": telephone, 8 kHz; "wide": 16 kHz
+    facts: dict[str, str] = field(default_factory=dict)  # what the tasks ask about
+    path: str = ""
+    seconds: float = 0.0
+    sha256: str = ""
+    origin: str = ""  # the Asterisk prompt it comes from
+
+
+def rng(*names: object) -> random.Random:
+    """An independent generator for each name, so that one choice never shifts another."""
+    digest = hashlib.sha256("/".join(map(str, (SEED, *names))).encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
+
+
+# ---------------------------------------------------------------------------------- espeak-ng
+class Espeak:
+    """The few calls of libespeak-ng that are needed, through ctypes."""
+
+    RATE_PARAMETER, PITCH_PARAMETER = 1, 3
+
+    def __init__(self) -> None:
+        try:
+            import espeakng_loader  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise SystemExit(
+                "build_mini_corpus needs the espeak-ng library for its synthetic voices, and the "
+                "module espeakng_loader is not installed: pip install espeakng-loader==0.2.4 "
+                "(or pip install 'llaso-jax[tts]')"
+            ) from error
+        self.lib = ctypes.CDLL(str(espeakng_loader.get_library_path()))
+        home = str(Path(espeakng_loader.get_data_path()).parent).encode()
+        self.rate = self.lib.espeak_Initialize(2, 0, home, 0)  # 2: synchronous, to a callback
+        if self.rate <= 0:
+            raise SystemExit(f"espeak-ng did not start with the data in {home.decode()}")
+        self.chunks: list[np.ndarray] = []
+        kind = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+        )
+        self.callback = kind(self._collect)  # kept alive by self
+        self.lib.espeak_SetSynthCallback(self.callback)
+
+    def _collect(self, samples, count: int, _events) -> int:
+        if samples and count > 0:
+            self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    def speak(self, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
+        """Mono float32 samples at 16 kHz."""
+        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise SystemExit(f"this espeak-ng has no voice {voice!r}")
+        self.lib.espeak_SetParameter(self.RATE_PARAMETER, rate, 0)
+        self.lib.espeak_SetParameter(self.PITCH_PARAMETER, pitch, 0)
+        self.chunks.clear()
+        data = text.encode() + b"\0"
+        self.lib.espeak_Synth(data, len(data), 0, 0, 0, 1, None, None)
+        self.lib.espeak_Synchronize()
+        sound = np.concatenate(self.chunks).astype(np.float32) / 32768
+        return soxr.resample(sound, self.rate, RATE)
+
+
+# ---------------------------------------------------------------------------------- audio
+def finish(sound: np.ndarray, seed: int, band: str) -> np.ndarray:
+    """Trim, limit the band, set the level, and add a little silence at both ends, by `seed`."""
+    choose = random.Random(seed)
+    loud = np.flatnonzero(np.abs(sound) > SILENCE * np.abs(sound).max())
+    sound = sound[loud[0] : loud[-1] + 1]
+    if band == "narrow":
+        sound = soxr.resample(soxr.resample(sound, RATE, RATE // 2), RATE // 2, RATE)
+    level = 10 ** (choose.uniform(-25, -20) / 20)
+    sound = sound * (level / np.sqrt(np.mean(sound**2)))
+    sound = np.clip(sound, -0.98, 0.98)
+    head, tail = (int(choose.uniform(0.02, 0.06) * RATE) for _ in range(2))
+    return np.pad(sound, (head, tail)).astype(np.float32)
+
+
+def encode_opus(sound: np.ndarray, serial: int) -> bytes:
+    """Ogg Opus bytes that depend on the samples and `serial` only."""
+    buffer = io.BytesIO()
+    sf.write(
+        buffer, sound, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION
+    )
+    return stable_ogg(buffer.getvalue(), serial)
+
+
+def stable_ogg(data: bytes, serial: int) -> bytes:
+    """Rewrite an Ogg Opus stream with a given serial number (libsndfile draws one from the clock)
+    and a tags page without its 800 bytes of padding, which would be a third of a short clip."""
+    tags = b"OpusTags" + (7).to_bytes(4, "little") + b"libopus" + (0).to_bytes(4, "little")
+    out, at, page = bytearray(), 0, 0
+    while at < len(data):
+        segments = data[at + 26]
+        table = data[at + 27 : at + 27 + segments]
+        body_at = at + 27 + segments
+        body = data[body_at : body_at + sum(table)]
+        header = bytearray(data[at : at + 27])
+        at = body_at + len(body)
+        if body.startswith(b"OpusTags"):
+            table, body = bytes([len(tags)]), tags
+            header[26] = 1
+        header[14:18] = serial.to_bytes(4, "little")
+        header[18:22] = page.to_bytes(4, "little")
+        header[22:26] = bytes(4)
+        checksum = ogg_crc(bytes(header) + table + body)
+        header[22:26] = checksum.to_bytes(4, "little")
+        out += header + table + body
+        page += 1
+    return bytes(out)
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        value = byte << 24
+        for _ in range(8):
+            value = (value << 1) ^ 0x04C11DB7 if value & 0x80000000 else value << 1
+        table.append(value & 0xFFFFFFFF)
+    return table
+
+
+CRC_TABLE = _crc_table()
+
+
+def ogg_crc(data: bytes) -> int:
+    """The checksum of an Ogg page (RFC 3533), its own field counted as zero."""
+    value = 0
+    for byte in data:
+        value = ((value << 8) & 0xFFFFFFFF) ^ CRC_TABLE[(value >> 24) ^ byte]
+    return value
+
+
+# ---------------------------------------------------------------------------------- human clips
+def unpack_asterisk(sources: Sequence[Path], scratch: Path) -> Path:
+    """A folder that holds the content of the two packages (given unpacked, or as .deb files)."""
+    if len(sources) == 1 and sources[0].is_dir():
+        return sources[0]
+    for source in sources:
+        if not source.is_file():
+            raise SystemExit(f"--asterisk: {source} is neither a folder nor a .deb file")
+        subprocess.run(["dpkg", "-x", str(source), str(scratch)], check=True)
+    return scratch
+
+
+def human_prompts(root: Path) -> list[tuple[str, str, Path]]:
+    """(name, normalised text, file) of every prompt that may be used: one to three plain words."""
+    transcripts = sorted(root.rglob("core-sounds-en.txt.gz"))
+    sounds = sorted(root.rglob("en_US_f_Allison"))
+    if not transcripts or not sounds:
+        raise SystemExit(
+            f"--asterisk: {root} holds no core-sounds-en.txt.gz or no en_US_f_Allison folder; give "
+            "both asterisk-core-sounds-en and asterisk-core-sounds-en-wav (1.6.1)"
+        )
+    prompts = []
+    for line in gzip.decompress(transcripts[0].read_bytes()).decode("utf-8").splitlines():
+        name, colon, said = line.partition(": ")
+        if line.startswith(";") or not colon or name.startswith(("letters/", "spy-")):
+            continue
+        words = said.lower().replace("-", " ").split()
+        if not 1 <= len(words) <= MAX_WORDS:  # a hyphen separates: the careful count
+            continue
+        text = " ".join(word.strip(".,!?") for word in words)
+        file = sounds[0] / f"{name}.wav"
+        if re.fullmatch(r"[a-z']+( [a-z']+)*", text) and file.is_file():
+            prompts.append((name, text, file))
+    return sorted(prompts)
+
+
+def human_clips(root: Path) -> list[tuple[Clip, np.ndarray]]:
+    """Training and eval clips of the human voice; eval words all occur in training."""
+    synthetic_words = {word for word in SINGLES if word != "the"} | set(QUESTION_WORDS)
+    seen: set[bytes] = set()
+    pool = []
+    for name, text, file in human_prompts(root):
+        sound, rate = sf.read(file, dtype="float32")
+        loud = np.flatnonzero(np.abs(sound) > SILENCE * np.abs(sound).max())
+        content = hashlib.sha256(sound[loud[0] : loud[-1] + 1].tobytes()).digest()
+        if content in seen or len(loud) < 0.1 * rate or len(sound) > MAX_SECONDS * rate:
+            continue  # the package holds some recordings twice
+        seen.add(content)
+        pool.append((name, text, soxr.resample(sound, rate, RATE)))
+    uses = Counter(word for _, text, _ in pool for word in set(text.split()))
+    order = sorted(pool, key=lambda item: rng("human", item[0]).random())
+    held_out: set[str] = set()
+    for name, text, _ in order:
+        words = set(text.split())
+        if len(held_out) < HUMAN_EVAL and all(
+            uses[word] > 1 or word in synthetic_words for word in words
+        ):
+            held_out.add(name)
+            uses.subtract(words)
+    clips = []
+    for name, text, sound in pool:
+        clip = Clip(
+            split="eval" if name in held_out else "train",
+            source="human",
+            family="human",
+            text=text,
+            voice="allison",
+            accent="american",
+            gender="female",
+            seed=rng("human-audio", name).getrandbits(31),
+            origin=name,
+        )
+        clips.append((clip, sound))
+    return clips
+
+
+# ---------------------------------------------------------------------------------- synthetic
+def say_word(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """Every single word in turn; the command words twice as often."""
+    words = [*SINGLES, *COMMANDS]
+    word = words[index % len(words)]
+    facts = {}
+    if word in COMMANDS:
+        facts["command"] = word
+    return word, facts
+
+
+def say_digits(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """Two to four digits."""
+    return " ".join(choose.choice(DIGITS) for _ in range(2 + index % 3)), {}
+
+
+def say_entity(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """A thing with a colour, a number or both, such as "blue door seven"."""
+    colour, number = choose.choice(COLOURS), choose.choice(DIGITS)
+    thing = choose.choice([*DEVICES, *OPENINGS, *ROOMS])
+    pattern = (
+        f"{colour} {thing}",
+        f"the {colour} {thing}",
+        f"{thing} {number}",
+        f"{colour} {thing} {number}",
+        f"the {thing} is {colour}",
+        f"{number} {colour}",
+    )[index % 6]
+    facts = {}
+    if colour in pattern.split():
+        facts["colour"] = colour
+    if number in pattern.split():
+        facts["number"] = number
+    return pattern, facts
+
+
+def say_command(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """Something to do in the house, with its intent."""
+    intent = INTENTS[index % 4]
+    room = choose.choice(["", "", *(f"{room} " for room in ROOMS)])
+    if intent in ("activate", "deactivate"):
+        switch = "on" if intent == "activate" else "off"
+        return f"turn {switch} the {room}{choose.choice(DEVICES)}", {"intent": intent}
+    return f"{intent} the {room}{choose.choice(OPENINGS)}", {"intent": intent}
+
+
+def say_plus(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """A sum of two numbers from one to four."""
+    first, second = divmod(index % 16, 4)
+    text = f"what is {DIGITS[first + 1]} plus {DIGITS[second + 1]}"
+    return text, {"answer": DIGITS[first + second + 2]}
+
+
+def say_after(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """Counting: the number that follows."""
+    first = index % 10
+    return f"what comes after {DIGITS[first]}", {"answer": DIGITS[first + 1]}
+
+
+def say_attribute(choose: random.Random, index: int) -> tuple[str, dict[str, str]]:
+    """A question about the facts that the text lists."""
+    asks = ("colour", "room", "number")[index % 3]
+    word = "which" if asks == "room" else "what"
+    return f"{word} {asks}" + (" is it" if index % 2 else ""), {"asks": asks}
+
+
+SPEAKERS: dict[str, Callable[[random.Random, int], tuple[str, dict[str, str]]]] = {
+    "word": say_word,
+    "digits": say_digits,
+    "entity": say_entity,
+    "command": say_command,
+    "plus": say_plus,
+    "after": say_after,
+    "attribute": say_attribute,
+}
+
+
+def synthetic_plan() -> list[Clip]:
+    """Every synthetic clip: text and voice, without its sound."""
+    plan = []
+    for family, counts in FAMILIES.items():
+        for split, count in zip(("train", "eval"), counts, strict=True):
+            variants = TRAIN_VARIANTS if split == "train" else EVAL_VARIANTS
+            for index in range(count):
+                choose = rng(family, split, index)
+                text, facts = SPEAKERS[family](choose, index)
+                accent = choose.choices(list(ACCENTS), list(ACCENT_WEIGHT.values()))[0]
+                gender = choose.choice(["male", "female"])
+                clip = Clip(
+                    split=split,
+                    source="synthetic",
+                    family=family,
+                    text=text,
+                    accent=accent,
+                    gender=gender,
+                    voice=ACCENTS[accent] + choose.choice(variants[gender]),
+                    rate=choose.choice(TRAIN_RATES if split == "train" else EVAL_RATES),
+                    pitch=choose.choice(TRAIN_PITCHES if split == "train" else EVAL_PITCHES),
+                    seed=choose.getrandbits(31),
+                    band=choose.choice(["narrow", "wide"]),
+                    facts=facts,
+                )
+                plan.append(clip)
+    return plan
+
+
+# ---------------------------------------------------------------------------------- records
+def record(
+    task: str, clips: Sequence[Clip], value: str, answer: str, labels: Sequence[str] | None = None
+) -> dict:
+    """One LLaSO record; `labels` None means that the answer is scored by word error rate."""
+    if len(MARKUP.findall(value)) != len(clips):
+        raise ValueError(f"{value!r} has not one <audio> for each of {len(clips)} recordings")
+    metadata: dict[str, object] = {"task": task, "metric": "accuracy" if labels else "wer"}
+    if labels:
+        metadata["labels"] = list(labels)
+    metadata["source"] = clips[0].source
+    return {
+        "id": "",
+        "voice": [clip.path for clip in clips],
+        "conversations": [
+            {"from": "human", "value": value},
+            {"from": "gpt", "value": answer},
+        ],
+        "metadata": metadata,
+    }
+
+
+def asr(choose: random.Random, clip: Clip) -> dict:
+    """Transcription, (t,a)."""
+    return record("ASR", [clip], choose.choice(ASR_TEMPLATES) + "<audio>", clip.text)
+
+
+def cycle(choose: random.Random, clips: Iterable[Clip], count: int, by: Callable) -> list[Clip]:
+    """`count` clips, the same number for each value of `by`, each clip as rarely as possible."""
+    groups: dict[object, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        groups[by(clip)].append(clip)
+    if not groups:
+        raise ValueError("no clip suits this task")
+    chosen: list[Clip] = []
+    streams = []
+    for key in sorted(groups, key=str):
+        choose.shuffle(groups[key])
+        streams.append(itertools.cycle(groups[key]))
+    for stream in itertools.islice(itertools.cycle(streams), count):
+        chosen.append(next(stream))
+    return chosen
+
+
+def task_records(task: str, clips: list[Clip], count: int, split: str) -> list[dict]:
+    """`count` records of one task from the clips of one split, balanced over its labels."""
+    choose = rng("task", task, split)
+    synthetic = [clip for clip in clips if clip.source == "synthetic"]
+
+    def ask(kind: str) -> str:
+        return choose.choice(TEMPLATES[kind]) + "<audio>"
+
+    def with_fact(name: str) -> list[Clip]:
+        return [clip for clip in synthetic if name in clip.facts]
+
+    out: list[dict] = []
+    if task == "SCR":
+        for clip in cycle(choose, with_fact("command"), count, lambda c: c.facts["command"]):
+            out.append(record(task, [clip], ask("SCR"), clip.facts["command"], COMMANDS))
+    elif task == "IP":
+        for clip in cycle(choose, with_fact("intent"), count, lambda c: c.facts["intent"]):
+            out.append(record(task, [clip], ask("IP"), clip.facts["intent"], INTENTS))
+    elif task == "EE":
+        for kind, labels in (("colour", COLOURS), ("number", DIGITS)):
+            for clip in cycle(choose, with_fact(kind), count // 2, lambda c: c.facts[kind]):  # noqa: B023
+                out.append(record(task, [clip], ask(f"EE_{kind}"), clip.facts[kind], labels))
+    elif task == "SGC":
+        for clip in cycle(choose, synthetic, count, lambda c: (c.gender, c.accent)):
+            out.append(record(task, [clip], ask("SGC"), clip.gender, ["male", "female"]))
+    elif task == "AC":
+        long = [c for c in synthetic if c.accent in ACCENT_TASK and len(c.text.split()) >= 3]
+        for clip in cycle(choose, long, count, lambda c: c.accent):
+            out.append(record(task, [clip], ask("AC"), clip.accent, ACCENT_TASK))
+    elif task == "SSD":
+        # both classes have telephone band and few words: neither band nor length tells them apart
+        short = [
+            c for c in clips if c.band == "narrow" and c.family in ("human", "word", "digits")
+        ]
+        for clip in cycle(choose, short, count, lambda c: c.source):
+            out.append(record(task, [clip], ask("SSD"), clip.source, ["human", "synthetic"]))
+    elif task == "SV":
+        out = speaker_pairs(choose, synthetic, count)
+    elif task == "AQA_at":
+        for clip in cycle(choose, with_fact("asks"), count, lambda c: c.facts["asks"]):
+            facts = {
+                "colour": choose.choice(COLOURS),
+                "room": choose.choice(ROOMS),
+                "number": choose.choice(DIGITS),
+            }
+            order = choose.sample(sorted(facts), 3)
+            value = "<audio>" + ", ".join(facts[name] for name in order)
+            out.append(record("AQA", [clip], value, facts[clip.facts["asks"]], [facts[n] for n in order]))
+    elif task == "AQA_a":
+        for clip in cycle(choose, with_fact("answer"), count, lambda c: c.text):
+            out.append(record("AQA", [clip], PURE_AUDIO, clip.facts["answer"], DIGITS))
+    else:
+        raise ValueError(f"unknown task {task!r}")
+    return out
+
+
+def speaker_pairs(choose: random.Random, clips: list[Clip], count: int) -> list[dict]:
+    """Two recordings each: the same voice, or voices of different gender."""
+    short = [clip for clip in clips if len(clip.text.split()) <= 2]
+    by_voice: dict[tuple[str, str], list[Clip]] = defaultdict(list)
+    by_gender: dict[str, list[Clip]] = defaultdict(list)
+    for clip in short:
+        by_voice[clip.voice, clip.gender].append(clip)
+        by_gender[clip.gender].append(clip)
+    voices = sorted(voice for voice, members in by_voice.items() if len(members) > 1)
+    value_end = "<audio><audio>"
+    out = []
+    for index in range(count):
+        voice = voices[index // 2 % len(voices)]
+        first, second = choose.sample(by_voice[voice], 2)
+        answer = "same"
+        if index % 2:
+            answer = "different"
+            second = choose.choice(by_gender["female" if voice[1] == "male" else "male"])
+        value = choose.choice(TEMPLATES["SV"]) + value_end
+        out.append(record("SV", [first, second], value, answer, ["same", "different"]))
+    return out
+
+
+def build_records(clips: list[Clip]) -> dict[str, list[dict]]:
+    """The three splits, shuffled, with ids."""
+    train = [clip for clip in clips if clip.split == "train"]
+    held = [clip for clip in clips if clip.split == "eval"]
+    choose = rng("asr")
+    splits: dict[str, list[dict]] = {
+        "align_train": [asr(choose, clip) for clip in train],
+        "instruct_train": [
+            asr(choose, clip) for clip in cycle(choose, train, ASR_INSTRUCT, lambda c: c.family)
+        ],
+        "eval": [asr(choose, clip) for clip in held if clip.source == "human"],
+    }
+    spoken = [clip for clip in held if clip.source == "synthetic"]
+    splits["eval"] += [
+        asr(choose, clip) for clip in cycle(choose, spoken, ASR_EVAL, lambda c: c.family)
+    ]
+    for task, (train_count, eval_count) in COUNTS.items():
+        splits["instruct_train"] += task_records(task, train, train_count, "train")
+        splits["eval"] += task_records(task, held, eval_count, "eval")
+    for name, records in splits.items():
+        choose = rng("order", name)
+        choose.shuffle(records)
+        for index, item in enumerate(records):
+            item["id"] = f"{name.split('_')[0]}-{index:04d}"
+            if name != "eval":
+                item["metadata"] = {"task": item["metadata"]["task"]}
+    return splits
+
+
+# ---------------------------------------------------------------------------------- tokenizer
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<unk>", "<Audio>", "</Audio>", "<audio_start>", "<audio_end>",
+]  # fmt: skip
+SPLIT = r" ?[\p{L}\p{N}']+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def build_tokenizer(splits: dict[str, list[dict]], folder: Path) -> None:
+    """A byte-level BPE of the training text, saved as a transformers fast tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    text = ["user\n\n", "assistant\n\n", "system\n\n", "\n\n", "\n"] * 50
+    for name in ("align_train", "instruct_train"):
+        for item in splits[name]:
+            for turn in item["conversations"]:
+                text += ["\n\n" + piece for piece in MARKUP.split(turn["value"]) if piece]
+    words = sorted({word for piece in text for word in re.findall(r"[A-Za-z']+", piece)})
+    text += [form for word in words for form in (word, f" {word}")] * 3
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=3,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # written by hand: save_pretrained of transformers 5 names a class that version 4 does not have
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<unk>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": SPECIAL_TOKENS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+    }
+    text_form = json.dumps(config, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text_form, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------- all of it
+def write_audio(clips: list[Clip], sounds: dict[int, np.ndarray], output: Path) -> list[Clip]:
+    """Synthesise, encode and write every clip; those that are too long are left out and named."""
+    espeak = Espeak()
+    kept = []
+    numbers: Counter[str] = Counter()
+    for clip in clips:
+        if clip.source == "synthetic":
+            sound = espeak.speak(clip.text, clip.voice, clip.rate, clip.pitch)
+        else:
+            sound = sounds[id(clip)]
+        sound = finish(sound, clip.seed, clip.band)
+        clip.seconds = round(len(sound) / RATE, 3)
+        if clip.seconds > MAX_SECONDS:
+            print(f"left out, {clip.seconds:.2f} s: {clip.text!r} ({clip.voice})", file=sys.stderr)
+            continue
+        folder = "human" if clip.source == "human" else clip.voice.replace("+", "-")
+        numbers[folder] += 1
+        clip.path = f"audio/{folder}/{numbers[folder]:03d}.opus"
+        data = encode_opus(sound, serial=clip.seed)
+        clip.sha256 = hashlib.sha256(data).hexdigest()
+        (output / clip.path).parent.mkdir(parents=True, exist_ok=True)
+        (output / clip.path).write_bytes(data)
+        kept.append(clip)
+        if len(kept) % 200 == 0:
+            print(f"{len(kept)} clips", file=sys.stderr)
+    return kept
+
+
+def write_manifest(clips: list[Clip], path: Path) -> None:
+    """One line per clip: how it was made."""
+    columns = "path split source voice accent gender rate pitch band seed seconds sha256 origin text"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns.split())
+        for clip in clips:
+            writer.writerow([getattr(clip, column) for column in columns.split()])
+
+
+def write_json(records: list[dict], path: Path) -> None:
+    """An array with one record per line."""
+    lines = (json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in records)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--asterisk", type=Path, nargs="+", required=True, metavar="PATH",
+        help="folder with both Asterisk packages unpacked, or the two .deb files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR",
+        help="corpus folder; its audio/ and tokenizer/ are replaced (default: %(default)s)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    output: Path = arguments.output
+    with tempfile.TemporaryDirectory() as scratch:
+        human = human_clips(unpack_asterisk(arguments.asterisk, Path(scratch)))
+    for folder in ("audio", "tokenizer"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    clips = [clip for clip, _ in human] + synthetic_plan()
+    clips = write_audio(clips, {id(clip): sound for clip, sound in human}, output)
+    splits = build_records(clips)
+    for name, records in splits.items():
+        write_json(records, output / f"{name}.json")
+    write_manifest(clips, output / "manifest.csv")
+    build_tokenizer(splits, output / "tokenizer")
+    for name, records in splits.items():
+        counts = Counter(item["metadata"]["task"] for item in records)
+        print(f"{name}: {len(records)} records, {dict(sorted(counts.items()))}")
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    seconds = sum(clip.seconds for clip in clips)
+    print(f"{len(clips)} clips, {seconds:.0f} s, {size / 1e6:.2f} MB in {output}")
+
+
+if __name__ == "__main__":
+    main()
