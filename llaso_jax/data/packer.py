@@ -4,8 +4,7 @@ The state is the next stream position to read and the positions read but not yet
 restored packer reads those again by random access and goes on: the same batches follow.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,8 +16,6 @@ from llaso_jax.data.packing import BatchShape, first_fit
 from llaso_jax.data.quarantine import Quarantine
 from llaso_jax.data.samples import BadSample, Sample
 from llaso_jax.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 Pending = tuple[int, int, Sample]
 """Stream position, mel bucket and sample."""
@@ -97,7 +94,7 @@ class PackedBatchIterator(grain.DatasetIterator):
         self._read = self._quarantined = 0
         self._pending: list[Pending] = []
         self._to_reload: list[int] = []
-        self._reader: Iterator[Sample | BadSample] | None = None
+        self._reader: grain.DatasetIterator | None = None
         self._opened = False
 
     def __next__(self) -> Batch:
@@ -158,7 +155,7 @@ class PackedBatchIterator(grain.DatasetIterator):
         """Stop loading; worker processes end."""
         self._closed = True
         self._opened = False
-        if isinstance(self._reader, grain.DatasetIterator):
+        if self._reader is not None:
             self._reader.close()
         self._reader = None
 
@@ -168,7 +165,7 @@ class PackedBatchIterator(grain.DatasetIterator):
         self._reader = self._stream.open(self._next)
         if self._to_reload:
             with ThreadPoolExecutor(self._config.num_threads) as pool:
-                items = list(pool.map(self._stream.samples.__getitem__, self._to_reload))
+                items: list[Any] = list(pool.map(self._stream.samples.__getitem__, self._to_reload))
             for position, item in zip(self._to_reload, items, strict=True):
                 self._admit(position, item)
             self._to_reload = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import grain
+from absl import flags
 
 from llaso_jax.data.config import AudioLayout, DataConfig
 from llaso_jax.data.packer import PackedBatches, SampleStream
@@ -115,6 +116,8 @@ def _prefetched(samples: grain.MapDataset, config: DataConfig) -> grain.IterData
     )
     if not config.num_workers:
         return loaded
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; this is no absl program
     return loaded.mp_prefetch(
         grain.multiprocessing.MultiprocessingOptions(
             num_workers=config.num_workers,

@@ -81,11 +81,11 @@ class RecordSource:
     def __repr__(self) -> str:
         return f"RecordSource({[str(f) for f in self._files]}, records={len(self)})"
 
-    def __getitem__(self, number: int) -> Record:
-        if not 0 <= number < len(self):
-            raise IndexError(f"record {number} of {len(self)}")
-        which = bisect.bisect_right(self._ends, number)
-        row = number - (self._ends[which - 1] if which else 0)
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        which = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[which - 1] if which else 0)
         start, end = (int(v) for v in self._indices[which][row])
         file = self._files[which]
         position = f"record {row} (byte {start}) of {file}"

@@ -1,7 +1,7 @@
 """One record becomes one sample: tokens with audio spliced in, answers, log-mel chunks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +47,20 @@ class Sample:
     audio_seconds: float
     seconds_dropped: float
     tokens_dropped: int
+
+    def prompt(self) -> "Sample":
+        """What generation starts from: everything before the last answer, nothing supervised."""
+        gaps = np.flatnonzero(np.diff(self.answer_index) > 1)
+        first = self.answer_index[gaps[-1] + 1 if len(gaps) else 0]
+        end = int(first) + 1
+        return replace(
+            self,
+            tokens=self.tokens[:end],
+            slot_chunk=self.slot_chunk[:end],
+            slot_frame=self.slot_frame[:end],
+            answer_index=self.answer_index[:0],
+            answer_token=self.answer_token[:0],
+        )
 
 
 @dataclass(frozen=True)
@@ -126,9 +140,9 @@ class SampleSource:
     def __repr__(self) -> str:
         return f"SampleSource({self._records!r})"
 
-    def __getitem__(self, number: int) -> Sample | BadSample:
+    def __getitem__(self, index: int) -> Sample | BadSample:
         try:
-            return self._loader.load(self._records[number])
+            return self._loader.load(self._records[index])
         except DataError as error:
             return BadSample(error.with_traceback(None))
 

@@ -101,3 +101,13 @@ def llama3_tokenizer() -> "PreTrainedTokenizerFast":
             tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
         )
     )
+
+
+END_TOKENS = ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+
+
+def eos_token_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's own eos and Llama-3's three, as far as it has them."""
+    vocabulary = tokenizer.get_vocab()
+    names = [token for token in (tokenizer.eos_token, *END_TOKENS) if token in vocabulary]
+    return tuple(dict.fromkeys(vocabulary[name] for name in names))
