@@ -1,0 +1,19 @@
+"""Weights in and out: Hugging Face, LLaSO, CTranslate2 and GGUF sources, this project's model folders.
+
+gather_weights -> load_params reads sources; save_model and load_model are the native folder; export_llaso,
+export_llama and export_whisper write Hugging Face folders. convert.py is the command line over them.
+"""
+
+from llaso_jax.conversion.loading import load_params
+from llaso_jax.conversion.model_folder import is_model_folder, load_model, read_info, save_model
+from llaso_jax.conversion.weights import Weights, gather_weights
+
+__all__ = [
+    "Weights",
+    "gather_weights",
+    "is_model_folder",
+    "load_model",
+    "load_params",
+    "read_info",
+    "save_model",
+]

@@ -1,0 +1,269 @@
+"""The model folder: this project's own format, which training, generation and conversion share.
+
+config.json (architecture, parts, the Hugging Face configuration it came from), params/ (Orbax, sharded), and
+beside them tokenizer files and generation_config.json as Hugging Face writes them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from llaso_jax.conversion.errors import (
+    CorruptFileError,
+    MissingTensorError,
+    TensorShapeError,
+    UnmappedParameterError,
+    listing,
+)
+from llaso_jax.conversion.source import read_json
+from llaso_jax.conversion.tables import PARTS
+from llaso_jax.conversion.writing import GENERATION_CONFIG, TOKENIZER_FILES, copy_files, new_folder
+from llaso_jax.errors import CheckpointError
+from llaso_jax.modeling.functional import (
+    ParamInfo,
+    Params,
+    abstract_params,
+    flatten,
+    param_shardings,
+    unflatten,
+)
+from llaso_jax.modeling.llama import LlamaConfig
+from llaso_jax.modeling.projector import ProjectorConfig
+from llaso_jax.modeling.rope import RopeScaling
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.modeling.whisper import WhisperConfig
+
+FORMAT = "llaso_jax"
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+PARAMS = "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderInfo:
+    """config.json of a model folder.
+
+    Attributes:
+      cfg: architecture; parts that are not there have default sizes.
+      parts: which of tables.PARTS are there.
+      hf_config: the Hugging Face config.json the language model came from, empty if none.
+    """
+
+    cfg: SpeechLMConfig
+    parts: tuple[str, ...]
+    hf_config: dict[str, Any]
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder of this format."""
+    config = Path(path) / CONFIG
+    return config.is_file() and read_json(config).get("format") == FORMAT
+
+
+def save_model(
+    folder: str | Path,
+    cfg: SpeechLMConfig,
+    params: Params,
+    *,
+    tokenizer_files_from: str | Path | None = None,
+    hf_config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model folder; nothing of that name is there until all of it is written.
+
+    Args:
+      folder: where to.
+      cfg: architecture.
+      params: nested parameters of all three parts, or of some; sharded arrays are saved as they lie.
+      tokenizer_files_from: folder whose tokenizer files and generation_config.json are copied.
+      hf_config: Hugging Face config.json to keep for a later export.
+      overwrite: replace what is there.
+
+    Returns:
+      The folder.
+
+    Raises:
+      TargetExistsError: the folder is not empty and `overwrite` is off.
+      ConversionError: parameters that are not those of `cfg` (errors.py), or a full disk.
+    """
+    parts = tuple(part for part in PARTS if part in params)
+    check_params(cfg, params, parts)
+    with new_folder(folder, overwrite=overwrite) as partial:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / PARAMS, params)
+        if jax.process_index() == 0:
+            config = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "model_type": FORMAT,
+                "parts": list(parts),
+                "model": dataclasses.asdict(cfg),
+                "hf_config": dict(hf_config or {}),
+            }
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            source = Path(tokenizer_files_from) if tokenizer_files_from is not None else None
+            copy_files(source, partial, (*TOKENIZER_FILES, GENERATION_CONFIG))
+    return Path(folder).absolute()
+
+
+def check_params(cfg: SpeechLMConfig, params: Params, parts: tuple[str, ...]) -> None:
+    """Raise unless `params` are exactly the parameters of `parts` of the model `cfg`."""
+    infos = _infos(cfg, parts)
+    flat = flatten(params)
+    _compare(flat.keys(), {path: leaf.shape for path, leaf in flat.items()}, infos, "params")
+
+
+def read_info(folder: str | Path) -> FolderInfo:
+    """What a model folder holds, without reading any weights.
+
+    Raises:
+      CheckpointError: not a model folder, or one of a later version.
+      CorruptFileError: its config.json is damaged.
+    """
+    path = Path(folder) / CONFIG
+    if not is_model_folder(folder):
+        raise CheckpointError(
+            f"{folder} is not a model folder (no {CONFIG} with format={FORMAT!r}). Convert Hugging "
+            "Face weights with `llaso convert from-hf`."
+        )
+    config = read_json(path)
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format_version {version}; this version of llaso_jax reads "
+            f"{FORMAT_VERSION}. Update llaso_jax."
+        )
+    try:
+        return FolderInfo(
+            cfg=config_from_dict(config["model"]),
+            parts=tuple(config["parts"]),
+            hf_config=config.get("hf_config", {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path} does not describe a model ({error!r}).") from error
+
+
+def config_from_dict(config: Mapping[str, Any]) -> SpeechLMConfig:
+    """Inverse of `dataclasses.asdict`.
+
+    Raises:
+      TypeError, ValueError: unknown fields, or sizes that do not fit together.
+    """
+    text = dict(config["text"])
+    scaling = text.pop("rope_scaling", None)
+    return SpeechLMConfig(
+        **{
+            **config,
+            "audio": WhisperConfig(**config["audio"]),
+            "projector": ProjectorConfig(**config["projector"]),
+            "text": LlamaConfig(**text, rope_scaling=scaling and RopeScaling(**scaling)),
+        }
+    )
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
+    dtype: Any = None,
+    parts: tuple[str, ...] = PARTS,
+) -> tuple[SpeechLMConfig, Params]:
+    """Read a model folder straight into shards, on any mesh.
+
+    Args:
+      folder: from `save_model`.
+      mesh: shard by the default rules over it.
+      shardings: by path, instead of `mesh`. Neither: all on the first device.
+      dtype: of all parameters; default as saved.
+      parts: which parts to read.
+
+    Returns:
+      The architecture, and nested parameters of `parts`.
+
+    Raises:
+      CheckpointError: not a model folder, or without one of `parts`.
+      ConversionError: parameters that are not those of its config.json (errors.py).
+    """
+    info = read_info(folder)
+    absent = [part for part in parts if part not in info.parts]
+    if absent:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(info.parts)} only; {', '.join(absent)} is needed too. Convert a "
+            "whole model: `llaso convert from-hf` with a Whisper and a Llama."
+        )
+    if shardings is None:
+        single = SingleDeviceSharding(jax.devices()[0])
+        shardings = (
+            param_shardings(info.cfg, mesh)
+            if mesh is not None
+            else dict.fromkeys(abstract_params(info.cfg), single)
+        )
+    path = (Path(folder) / PARAMS).absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(path).item_metadata.tree
+        except (FileNotFoundError, ValueError, AttributeError) as error:
+            raise CorruptFileError(f"{path} is not a whole Orbax checkpoint ({error}).") from error
+        stored = {name: leaf for name, leaf in flatten(tree).items() if name.split("/")[0] in parts}
+        infos = _infos(info.cfg, parts)
+        _compare(
+            stored.keys(), {name: leaf.shape for name, leaf in stored.items()}, infos, str(path)
+        )
+        target = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=shardings[name]
+            )
+            for name, leaf in stored.items()
+        }
+        nested = unflatten(target)
+        params = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=nested,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
+                partial_restore=True,
+            ),
+        )
+    return info.cfg, params
+
+
+def _infos(cfg: SpeechLMConfig, parts: tuple[str, ...]) -> dict[str, ParamInfo]:
+    return {p: info for p, info in abstract_params(cfg).items() if p.split("/")[0] in parts}
+
+
+def _compare(
+    names: Any, shapes: Mapping[str, tuple[int, ...]], infos: Mapping[str, ParamInfo], where: str
+) -> None:
+    if unknown := sorted(set(names) - infos.keys()):
+        raise UnmappedParameterError(
+            f"{where}: {len(unknown)} parameters are not the model's:\n{listing(unknown)}"
+        )
+    if missing := sorted(infos.keys() - set(names)):
+        raise MissingTensorError(f"{where} lacks {len(missing)} parameters:\n{listing(missing)}")
+    wrong = [
+        f"{path}: {tuple(shapes[path])} given, {info.shape} needed"
+        for path, info in infos.items()
+        if tuple(shapes[path]) != info.shape
+    ]
+    if wrong:
+        raise TensorShapeError(
+            f"{where}: {len(wrong)} parameters have another shape than the configuration asks for:\n"
+            f"{listing(wrong)}"
+        )
+
+
+__all__ = [
+    "FolderInfo",
+    "is_model_folder",
+    "load_model",
+    "read_info",
+    "save_model",
+]

@@ -1,0 +1,159 @@
+"""Tensors that are described now and read later, whatever file they are in.
+
+A reader turns a file into `Tensors`: names -> objects with `shape` and `dtype` that read any box of
+themselves on demand. Nothing stays in memory and no file stays open in between.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from llaso_jax.conversion.errors import CorruptFileError
+
+Box = tuple[slice, ...]
+"""One slice with explicit start and stop per axis."""
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT_DTYPES: tuple[np.dtype, ...] = (
+    np.dtype(np.float32),
+    BFLOAT16,
+    np.dtype(np.float16),
+    np.dtype(np.float64),
+)
+
+
+class Tensor(Protocol):
+    """A tensor that is not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype as stored."""
+        ...
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        """The values inside `box` (default: all), as stored."""
+        ...
+
+    def reshape(self, shape: tuple[int, ...]) -> "Tensor":
+        """The same values in another shape, still not read."""
+        ...
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box that covers all of `shape`."""
+    return tuple(slice(0, size) for size in shape)
+
+
+class ByteFile:
+    """Read-only bytes of one file, or of several that continue each other."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.paths = paths
+        sizes = [path.stat().st_size for path in paths]
+        self.ends = list(itertools.accumulate(sizes))
+        self.size = self.ends[-1]
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.paths))
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """u8[count] bytes from `offset`.
+
+        Raises:
+          CorruptFileError: the file ends before.
+        """
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise CorruptFileError(
+                f"{self} ends at byte {self.size}, but bytes {offset} to {offset + count} are needed: "
+                "it is cut short. Copy or download it again."
+            )
+        out = np.empty(count, np.uint8)
+        done = 0
+        for path, end, start in zip(self.paths, self.ends, [0, *self.ends], strict=False):
+            if done == count or offset + done >= end:
+                continue
+            part = min(count - done, end - offset - done)
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset + done - start)
+                view = out[done : done + part].data
+                while view:
+                    got = file.readinto(view)
+                    if not got:
+                        raise CorruptFileError(f"{path} became shorter while it was read.")
+                    view = view[got:]
+            done += part
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A contiguous tensor inside a file. Reshapes and leading slices of it are free."""
+
+    file: ByteFile
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes up in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        """Values inside `box`: only its rows of the first axis are read from the file."""
+        if not self.shape or box is None:
+            flat = self.file.read(self.offset, self.nbytes)
+            return flat.view(self.dtype).reshape(self.shape)
+        rows = self.rows(box[0].start, box[0].stop)
+        return rows.read()[(slice(None), *box[1:])]
+
+    def reshape(self, shape: tuple[int, ...]) -> "FileTensor":
+        """The same bytes in another shape."""
+        assert math.prod(shape) == math.prod(self.shape), (self.shape, shape)
+        return dataclasses.replace(self, shape=tuple(shape))
+
+    def rows(self, start: int, stop: int) -> "FileTensor":
+        """Entries start..stop of the first axis."""
+        row = self.dtype.itemsize * math.prod(self.shape[1:])
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(self, offset=self.offset + start * row, shape=shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputedTensor:
+    """A tensor that is computed when it is read: dequantized, permuted, random."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    compute: Callable[[], np.ndarray]
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        """Values inside `box`; the whole tensor is computed for it."""
+        values = self.compute()
+        assert values.size == math.prod(self.shape), (values.shape, self.shape)
+        values = values.astype(self.dtype, copy=False).reshape(self.shape)
+        return values if box is None else values[box]
+
+    def reshape(self, shape: tuple[int, ...]) -> "ComputedTensor":
+        """The same values in another shape."""
+        assert math.prod(shape) == math.prod(self.shape), (self.shape, shape)
+        return dataclasses.replace(self, shape=tuple(shape))
+
+
+def array_tensor(values: np.ndarray) -> ComputedTensor:
+    """A tensor over values that are in memory already."""
+    return ComputedTensor(values.shape, values.dtype, lambda: values)

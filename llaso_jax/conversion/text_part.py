@@ -1,0 +1,102 @@
+"""The language model of a conversion: from a LLaSO checkpoint, a Llama folder or a GGUF file."""
+
+import dataclasses
+
+import numpy as np
+
+from llaso_jax.conversion.binding import Pieces
+from llaso_jax.conversion.errors import ConfigMismatchError, MissingTensorError
+from llaso_jax.conversion.hf_config import llama_from_hf
+from llaso_jax.conversion.sources import Place, Record, Sources, prefix_of
+from llaso_jax.conversion.tensors import Tensor, whole
+from llaso_jax.conversion.vocabulary import GrownRows
+from llaso_jax.modeling.llama import LlamaConfig
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+
+LM_HEAD = "lm_head.weight"
+_TABLES = ("language_model/embed_tokens/weight", "language_model/lm_head/weight")
+
+
+def text_part(
+    sources: Sources, record: Record, *, vocab_size: int | None, vocab_multiple_of: int
+) -> tuple[LlamaConfig, Pieces] | None:
+    """Sizes and parameters of the language model, None if no source has one.
+
+    Args:
+      sources: what was given.
+      record: gets the decisions made.
+      vocab_size: embedding rows needed; there are never fewer than in the source.
+      vocab_multiple_of: rows are padded with zeros to a multiple of it.
+
+    Raises:
+      ConversionError: tensors or configuration that do not fit (errors.py).
+    """
+    if sources.text is None:
+        return None
+    if not sources.text.config:
+        raise ConfigMismatchError(
+            f"{sources.text.path}: no config.json beside the weights. It is needed: the number of heads "
+            "and the RoPE settings cannot be read from tensors."
+        )
+    place = _place(sources, record)
+    where = str(sources.text.folder / "config.json")
+    cfg = llama_from_hf(place.config, where, has_head=LM_HEAD in place.tensors)
+    if cfg.tie_word_embeddings and LM_HEAD in place.tensors:
+        place = _without_tied_head(place, record)
+    pieces = place.bind("language_model", SpeechLMConfig(text=cfg))
+
+    old = cfg.vocab_size
+    cfg = dataclasses.replace(
+        cfg, vocab_size=max(old, vocab_size or 0), vocab_multiple_of=vocab_multiple_of
+    )
+    if cfg.vocab_size > old:
+        record.note(
+            f"embeddings grow from {old} to {cfg.vocab_size} rows: new ones are the mean of the old"
+        )
+    if cfg.padded_vocab_size > old:
+        for path in _TABLES:
+            if path in pieces:
+                (table,) = pieces[path]
+                pieces[path] = [
+                    GrownRows(table, new=cfg.vocab_size - old, total=cfg.padded_vocab_size)
+                ]
+    return cfg, pieces
+
+
+def _place(sources: Sources, record: Record) -> Place:
+    if sources.llaso is not None:
+        place = sources.in_llaso("language_model")
+        if place is None:
+            raise MissingTensorError(f"{sources.llaso.path} has no tensors of a language model.")
+        return place
+    assert sources.llama is not None
+    source = sources.llama
+    tensors = record.needed(source.tensors)
+    prefix = prefix_of(tensors, ("model.", ""), ("layers.", "embed_tokens.", "norm."))
+    return Place(str(source.path), prefix, tensors, source.config)
+
+
+def _without_tied_head(place: Place, record: Record) -> Place:
+    """Drop an lm_head that repeats the embeddings; refuse one that does not."""
+    tensors = dict(place.tensors)
+    head = tensors.pop(LM_HEAD)
+    table = tensors.get(f"{place.prefix}embed_tokens.weight")
+    if table is not None and not _same(head, table):
+        raise ConfigMismatchError(
+            f"{place.where}: the configuration says tie_word_embeddings=true, but {LM_HEAD} "
+            f"{head.shape} differs from embed_tokens.weight {table.shape}. Set it to false in "
+            "config.json if the head is to be used, or delete the head."
+        )
+    record.ignored.append(LM_HEAD)
+    return dataclasses.replace(place, tensors=tensors)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or len(a.shape) != 2:
+        return False
+    block = 8192
+    return all(
+        np.array_equal(a.read((rows, columns)), b.read((rows, columns)))
+        for start in range(0, a.shape[0], block)
+        for rows, columns in [(slice(start, min(start + block, a.shape[0])), whole(a.shape)[1])]
+    )

@@ -1,0 +1,112 @@
+"""Everything a model needs, gathered from one or several sources and checked, but not read yet."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from llaso_jax.conversion.binding import Pieces
+from llaso_jax.conversion.errors import ConfigMismatchError
+from llaso_jax.conversion.llaso_config import ours_of
+from llaso_jax.conversion.projector_part import projector_part
+from llaso_jax.conversion.sources import Record, Sources
+from llaso_jax.conversion.text_part import text_part
+from llaso_jax.conversion.tower_part import tower_part
+from llaso_jax.modeling.frames import AudioMode
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights of a whole model, or of one tower, ready for `load_params`.
+
+    Attributes:
+      cfg: the model; parts that are not there have default sizes.
+      parts: which of tables.PARTS are there.
+      pieces: our path -> its layers.
+      hf_config: config.json of the language model, kept for export.
+      ignored: names in the sources that are known and not needed.
+      notes: decisions a person should see, one line each.
+      folder: of the language model, where its tokenizer and generation_config.json are looked for.
+    """
+
+    cfg: SpeechLMConfig
+    parts: tuple[str, ...]
+    pieces: Pieces
+    hf_config: dict[str, Any]
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...]
+    folder: Path | None
+
+
+def gather_weights(
+    *paths: str | Path,
+    audio_mode: str | None = None,
+    projector_type: str | None = None,
+    stack: int | None = None,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    vocab_multiple_of: int = 1,
+) -> Weights:
+    """Gather a model from Hugging Face, LLaSO, CTranslate2 and GGUF sources, given in any order.
+
+    A LLaSO checkpoint stands alone; a Whisper beside it gives the tower if the checkpoint has none. A
+    Whisper and a Llama make a new model with a random projector. A projector file overrides both.
+    One Whisper or one Llama alone gives that part.
+
+    Args:
+      paths: folders or files, told apart by their content.
+      audio_mode: what reaches the language model; default what the checkpoint says, else "padded".
+      projector_type: of a random projector (default mlp2x_gelu); a given one must be of it.
+      stack: frames stacked before it (default 1); a given one must have it.
+      seed: of a random projector.
+      vocab_size: embedding rows needed: new ones are the mean of the old. Never fewer than there are.
+      vocab_multiple_of: pad the embedding rows with zeros to a multiple of it.
+
+    Raises:
+      ConversionError: in one of its classes (errors.py), for sources that are damaged, given twice,
+        incomplete, or contradict each other.
+    """
+    record = Record()
+    sources = Sources(paths, record)
+    cfg = SpeechLMConfig()
+    pieces: Pieces = {}
+    parts = []
+    tower = tower_part(sources, record)
+    if tower is not None:
+        cfg = dataclasses.replace(cfg, audio=tower[0])
+        pieces |= tower[1]
+        parts.append("audio_tower")
+    text = text_part(sources, record, vocab_size=vocab_size, vocab_multiple_of=vocab_multiple_of)
+    if text is not None:
+        cfg = dataclasses.replace(cfg, text=text[0])
+        pieces |= text[1]
+        parts.append("language_model")
+    if len(parts) == 2:
+        projector, found = projector_part(
+            sources, record, cfg, projector_type=projector_type, stack=stack, seed=seed
+        )
+        cfg = dataclasses.replace(cfg, projector=projector)
+        pieces |= found
+        parts.insert(1, "projector")
+    elif sources.projector is not None:
+        raise ConfigMismatchError(
+            f"{sources.projector.path} is a projector, but only one of its two sides was given: give a "
+            "Whisper and a Llama with it."
+        )
+    source = sources.text
+    hf_config = source.config if source else {}
+    mode = audio_mode or ours_of(hf_config).get("audio_mode")
+    if mode is not None:
+        try:
+            cfg = dataclasses.replace(cfg, audio_mode=cast(AudioMode, mode))
+        except ValueError as error:
+            raise ConfigMismatchError(str(error)) from error
+    return Weights(
+        cfg=cfg,
+        parts=tuple(parts),
+        pieces=pieces,
+        hf_config=hf_config,
+        ignored=tuple(sorted(set(record.ignored))),
+        notes=tuple(record.notes),
+        folder=source.folder if source else None,
+    )

@@ -1,0 +1,103 @@
+"""Folders that are whole or not there: written under another name, renamed when complete."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from llaso_jax.conversion.errors import TargetExistsError
+from llaso_jax.errors import ConversionError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+GENERATION_CONFIG = "generation_config.json"
+
+
+def check_target(folder: str | Path, *, overwrite: bool) -> Path:
+    """The absolute path of a folder that may be written.
+
+    Raises:
+      TargetExistsError: it has something in it and `overwrite` is off, or it is a file.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise TargetExistsError(f"{folder} is a file; a folder is to be written.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise TargetExistsError(
+            f"{folder} is not empty. Choose another folder, or replace it with --overwrite."
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill in, which takes its name when the block ends without an error.
+
+    What an interrupted earlier call left is removed. With several processes all fill in the same
+    folder; the first makes and renames it.
+
+    Raises:
+      TargetExistsError: see `check_target`.
+      ConversionError: the disk is full, or not writable.
+    """
+    target = check_target(folder, overwrite=overwrite)
+    partial = target.with_name(f".{target.name}.incomplete")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier("folder made")
+        yield partial
+        _barrier("folder filled")
+        if first:
+            _replace(target, partial)
+        _barrier("folder renamed")
+    except OSError as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise ConversionError(
+            f"{target} could not be written ({error}); nothing was left behind."
+        ) from error
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(target: Path, partial: Path) -> None:
+    if target.exists():
+        old = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def copy_files(source: Path | None, target: Path, names: tuple[str, ...]) -> list[str]:
+    """Copy those of `names` that `source` has and `target` has not; returns the names copied."""
+    copied = []
+    for name in names:
+        if source is not None and (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
+            copied.append(name)
+    return copied
