@@ -6,7 +6,7 @@ offsets are kept on disk; afterwards any record is one small read.
 
 import hashlib
 import logging
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,7 @@ from llaso_jax.errors import DataError
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 << 20
+BACKSLASH = ord("\\")
 _STRUCTURAL = np.zeros(256, bool)
 _STRUCTURAL[list(b'"{}[]')] = True
 _DEPTH_STEP = np.zeros(256, np.int64)
@@ -53,24 +54,22 @@ def load_index(json_file: Path, cache_dir: Path | None = None) -> np.ndarray:
 
 def _write_index(json_file: Path, index: Path) -> None:
     """Write beside and rename, so that a killed scan leaves no half index behind."""
+    temporary = index.with_name(f"{index.name}.{uuid.uuid4().hex}.tmp")
+    records = 0
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=index.parent, delete=False) as temporary:
-            records = 0
-            try:
-                with json_file.open("rb") as file:
-                    for offsets in scan_records(file):
-                        temporary.write(offsets.astype("<i8").tobytes())
-                        records += len(offsets)
-            except BaseException:
-                Path(temporary.name).unlink()
-                raise
-        Path(temporary.name).replace(index)
+        with json_file.open("rb") as file, temporary.open("wb") as out:
+            for offsets in scan_records(file):
+                out.write(offsets.astype("<i8").tobytes())
+                records += len(offsets)
+        temporary.replace(index)
     except PermissionError as error:
         raise DataError(
             f"the index of {json_file} cannot be written to {index.parent}; "
             "set `index_dir` to a folder that can be written"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     logger.info("indexed %d records of %s in %s", records, json_file, index)
 
 
@@ -164,11 +163,14 @@ def _brackets(data: bytes, in_string: bool) -> tuple[np.ndarray, np.ndarray]:
     array = np.frombuffer(data, np.uint8)
     places = np.flatnonzero(_STRUCTURAL[array])
     quote = array[places] == ord('"')
-    suspects = places[quote & (places > 0) & (array[places - 1] == ord("\\"))]
-    if len(suspects):
-        escaped = [p for p in suspects.tolist() if _is_escaped(data, p)]
-        keep = ~np.isin(places, escaped, assume_unique=True)
-        places, quote = places[keep], quote[keep]
+    before = array[np.maximum(places - 1, 0)] == BACKSLASH
+    escaped = quote & before & (places > 0)
+    # One backslash is the rule; runs of them are counted one by one.
+    runs = escaped & (array[np.maximum(places - 2, 0)] == BACKSLASH) & (places > 1)
+    for i in np.flatnonzero(runs).tolist():
+        escaped[i] = _is_escaped(data, int(places[i]))
+    if escaped.any():
+        places, quote = places[~escaped], quote[~escaped]
     inside = (np.cumsum(quote) + in_string) % 2 == 1
     real = quote | ~inside
     places = places[real]
@@ -178,7 +180,7 @@ def _brackets(data: bytes, in_string: bool) -> tuple[np.ndarray, np.ndarray]:
 def _is_escaped(data: bytes, place: int) -> bool:
     """Whether an odd number of backslashes stands right before `place`."""
     first = place
-    while first and data[first - 1] == ord("\\"):
+    while first and data[first - 1] == BACKSLASH:
         first -= 1
     return (place - first) % 2 == 1
 
