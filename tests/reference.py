@@ -245,6 +245,19 @@ def projector_params(weights: Mapping[str, np.ndarray]) -> Params:
 
 # --- our modules over given weights ---------------------------------------------------------------
 
+# A test runs a program once: compiling it well costs 8 times what compiling it plainly does.
+_PLAIN = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+    """jax.jit for a program that runs once."""
+    return jax.jit(function, compiler_options=_PLAIN, **options)
+
 
 def pure(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """A module as its definition and the shapes of its parameters; nothing is initialized."""
@@ -259,7 +272,7 @@ def apply(
     graph, own = pure(make)
     assert jax.tree.structure(own) == jax.tree.structure(params)
     assert jax.tree.map(np.shape, own) == jax.tree.map(np.shape, params)
-    return jax.jit(lambda p, a: nnx.merge(graph, nnx.State(p))(*a, **kwargs))(params, args)
+    return jit(lambda p, a: nnx.merge(graph, nnx.State(p))(*a, **kwargs))(params, args)
 
 
 # --- batches --------------------------------------------------------------------------------------

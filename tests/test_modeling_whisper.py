@@ -14,6 +14,7 @@ from reference import (
     arrays,
     attention_params,
     gradients,
+    jit,
     layer_params,
     pure,
     random_params,
@@ -148,7 +149,7 @@ def test_encoder_and_its_gradients_equal_transformers(cfg: WhisperConfig):
         features, _ = nnx.merge(graph, nnx.State(params))(mel)
         return (features * weight).sum(), features
 
-    (_, features), (by_params, by_mel) = jax.jit(
+    (_, features), (by_params, by_mel) = jit(
         jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     )(whisper_params(arrays(reference), cfg), mel)
     assert_close(features, expected.last_hidden_state.detach(), COMPOSED, "WhisperEncoder")
@@ -182,12 +183,11 @@ def test_hidden_states_equal_transformers_layer_by_layer():
 
 @pytest.fixture(scope="module")
 def encoder():
-    """(jitted encode(mel, mel_frames), its config)."""
+    """(encode(mel, mel_frames=None), its config)."""
     cfg = config(mels=8, width=16, heads=2, ffn=32, positions=20)
     graph, params = pure(lambda rngs: WhisperEncoder(cfg, F32, rngs=rngs))
     params = random_params(params)
 
-    @jax.jit
     def encode(mel, mel_frames=None):
         return nnx.merge(graph, nnx.State(params))(mel, mel_frames)[0]
 
@@ -196,7 +196,7 @@ def encoder():
 
 @pytest.mark.parametrize("valid", [1, 22, 23])
 def test_valid_frames_are_independent_of_the_bucket_and_of_garbage_in_it(encoder, valid: int):
-    encode, cfg = encoder
+    encode, cfg = jit(encoder[0]), encoder[1]
     mel = random(1, cfg.num_mel_bins, valid)
     # A clip that ends where the array ends needs no mask: the definition of "true length".
     expected = encode(mel)
@@ -214,7 +214,7 @@ def test_valid_frames_are_independent_of_the_bucket_and_of_garbage_in_it(encoder
 
 def test_every_frame_counts_without_lengths(encoder):
     """In padded and trimmed mode the encoder hears the silence too, as Whisper was trained."""
-    encode, cfg = encoder
+    encode, cfg = jit(encoder[0]), encoder[1]
     mel = random(1, cfg.num_mel_bins, 40)
     masked = encode(mel, np.array([22], np.int32))[:, :11]
     assert np.abs(encode(mel)[:, :11] - masked).max() > 1e-2
@@ -225,8 +225,8 @@ def test_a_chunk_without_audio_gives_zeros_and_finite_gradients(encoder):
     encode, cfg = encoder
     mel = random(2, cfg.num_mel_bins, 24)
     lengths = np.array([0, 24], np.int32)
-    assert not np.asarray(encode(mel, lengths)[0]).any()
-    gradient = jax.grad(lambda m: jnp.square(encode(m, lengths)).sum())(jnp.asarray(mel))
+    assert not np.asarray(jit(encode)(mel, lengths)[0]).any()
+    gradient = jit(jax.grad(lambda m: jnp.square(encode(m, lengths)).sum()))(mel)
     assert np.isfinite(gradient).all()
     assert not np.asarray(gradient[0]).any()
     assert np.asarray(gradient[1]).any()
