@@ -164,3 +164,17 @@ def test_scan_yields_blocks_not_the_whole_file(monkeypatch):
     file = io.BytesIO(json.dumps(RECORDS).encode())
     file.name = "memory"
     assert sum(len(block) > 0 for block in scan_records(file)) > 5
+
+
+def test_index_of_a_folder_that_cannot_be_written_goes_to_the_user_cache(tmp_path, monkeypatch):
+    path = write(tmp_path, json.dumps(RECORDS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(json_index.os, "access", lambda *args: False)
+    assert len(load_index(path)) == 23
+    assert len(list((tmp_path / "cache" / "llaso_jax").iterdir())) == 1
+
+
+def test_an_index_that_cannot_be_kept_names_the_setting(tmp_path):
+    path = write(tmp_path, json.dumps(RECORDS))
+    with pytest.raises(DataError, match="set `index_dir`"):
+        load_index(path, path / "not a folder")

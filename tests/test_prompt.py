@@ -12,6 +12,7 @@ from llaso_jax.data.prompt import (
     LLASO_SYSTEM_PROMPT,
     PromptConfig,
     Turn,
+    check_tokenizer,
     encode_prompt,
 )
 from llaso_jax.data.tokenizer import ADDED_TOKENS, load_tokenizer
@@ -164,3 +165,12 @@ def test_tokenizer_reloads_from_a_folder_and_from_a_file(chatml, tmp_path):
         assert all(token in loaded.get_vocab() for token in ADDED_TOKENS)
     with pytest.raises(ConfigError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "none")
+
+
+def test_tokenizers_that_lack_what_the_format_needs_are_refused(chatml, llama3):
+    check_tokenizer(llama3, PromptConfig())
+    check_tokenizer(chatml, PromptConfig(chat_format="tokenizer"))
+    with pytest.raises(ConfigError, match=r"no <\|start_header_id\|>"):
+        check_tokenizer(chatml, PromptConfig())
+    with pytest.raises(ConfigError, match="needs a chat template"):
+        check_tokenizer(llama3, PromptConfig(chat_format="tokenizer"))

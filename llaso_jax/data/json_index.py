@@ -6,6 +6,7 @@ offsets are kept on disk; afterwards any record is one small read.
 
 import hashlib
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,9 @@ _DEPTH_STEP[list(b"}]")] = -1
 def load_index(json_file: Path, cache_dir: Path | None = None) -> np.ndarray:
     """The offsets of `json_file`, scanned on first use and memory-mapped afterwards.
 
-    The index lies in `cache_dir`, or beside the file; its name holds the file's path, size and
-    modification time, so a changed file is scanned again.
+    The index lies in `cache_dir`; without one beside the file, or in the user's cache where that
+    folder cannot be written. Its name holds the file's path, size and modification time, so a
+    changed file is scanned again.
 
     Returns:
         int64[n, 2]: first byte of each record and the byte after its last.
@@ -44,12 +46,17 @@ def load_index(json_file: Path, cache_dir: Path | None = None) -> np.ndarray:
         raise DataError(f"{json_file} cannot be read ({error}); `train_json` names it") from error
     key = f"{json_file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
     name = f"{json_file.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.idx"
-    index = (cache_dir or json_file.parent) / name
+    beside = json_file.parent if os.access(json_file.parent, os.W_OK) else _user_cache()
+    index = (cache_dir or beside) / name
     if not index.exists():
         _write_index(json_file, index)
     if not index.stat().st_size:
         return np.zeros((0, 2), np.int64)
     return np.memmap(index, np.dtype("<i8"), mode="r").reshape(-1, 2)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llaso_jax"
 
 
 def _write_index(json_file: Path, index: Path) -> None:
@@ -63,13 +70,14 @@ def _write_index(json_file: Path, index: Path) -> None:
                 out.write(offsets.astype("<i8").tobytes())
                 records += len(offsets)
         temporary.replace(index)
-    except PermissionError as error:
+    except OSError as error:
         raise DataError(
-            f"the index of {json_file} cannot be written to {index.parent}; "
+            f"{json_file} cannot be indexed in {index.parent} ({error}); "
             "set `index_dir` to a folder that can be written"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if index.parent.is_dir():
+            temporary.unlink(missing_ok=True)
     logger.info("indexed %d records of %s in %s", records, json_file, index)
 
 

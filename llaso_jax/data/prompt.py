@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from llaso_jax.data.tokenizer import AUDIO_TAGS
 from llaso_jax.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -128,6 +129,26 @@ def encode_prompt(
             supervised += [learnt] * (len(ids) - len(supervised))
     prompt = EncodedPrompt(np.asarray(ids, np.int32), np.asarray(supervised, bool))
     return _within_max_length(prompt, config, for_generation)
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: PromptConfig) -> None:
+    """Raise ConfigError if `tokenizer` lacks a token or template that `config` needs.
+
+    Without this, a missing `<|eot_id|>` would quietly be spelt out in several tokens.
+    """
+    needed = [*AUDIO_TAGS]
+    if config.chat_format == "llama32_audio_v1_mmtag":
+        needed += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    elif not tokenizer.chat_template:
+        raise ConfigError("`chat_format: tokenizer` needs a chat template; the tokenizer has none")
+    known = tokenizer.get_vocab()
+    missing = [token for token in needed if token not in known]
+    if missing or tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer has no {', '.join(missing) or 'pad token'}, which `chat_format: "
+            f"{config.chat_format}` needs: load it with llaso_jax.data.tokenizer.load_tokenizer, "
+            "or choose another `chat_format`"
+        )
 
 
 def wrap_audio(user_text: str) -> str:

@@ -9,7 +9,13 @@ import numpy as np
 from llaso_jax.data.audio import AudioPolicy, chunk_audio, load_audio
 from llaso_jax.data.config import AudioLayout
 from llaso_jax.data.log_mel import log_mel, mel_frames
-from llaso_jax.data.prompt import AUDIO_ID, EncodedPrompt, PromptConfig, encode_prompt
+from llaso_jax.data.prompt import (
+    AUDIO_ID,
+    EncodedPrompt,
+    PromptConfig,
+    check_tokenizer,
+    encode_prompt,
+)
 from llaso_jax.data.records import Record, RecordSource
 from llaso_jax.errors import DataError
 from llaso_jax.modeling.frames import audio_slots, projected_frames
@@ -73,6 +79,9 @@ class BadSample:
 class SampleLoader:
     """Makes samples of records; can be pickled to worker processes.
 
+    Raises:
+        ConfigError: the tokenizer lacks what `prompt` needs.
+
     Raises (from `load`):
         DataError: AudioError, PromptError, … with the sample's id and position.
     """
@@ -86,6 +95,7 @@ class SampleLoader:
         max_audio_seconds: float | None = None,
         audio_policy: AudioPolicy = "error",
     ) -> None:
+        check_tokenizer(tokenizer, prompt)
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._layout = layout
