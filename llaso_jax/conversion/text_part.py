@@ -9,24 +9,18 @@ from llaso_jax.conversion.errors import ConfigMismatchError, MissingTensorError
 from llaso_jax.conversion.hf_config import llama_from_hf
 from llaso_jax.conversion.sources import Place, Record, Sources, prefix_of
 from llaso_jax.conversion.tensors import Tensor, whole
-from llaso_jax.conversion.vocabulary import GrownRows
 from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
 LM_HEAD = "lm_head.weight"
-_TABLES = ("language_model/embed_tokens/weight", "language_model/lm_head/weight")
 
 
-def text_part(
-    sources: Sources, record: Record, *, vocab_size: int | None, vocab_multiple_of: int
-) -> tuple[LlamaConfig, Pieces] | None:
+def text_part(sources: Sources, record: Record) -> tuple[LlamaConfig, Pieces] | None:
     """Sizes and parameters of the language model, None if no source has one.
 
     Args:
       sources: what was given.
       record: gets the decisions made.
-      vocab_size: embedding rows needed; there are never fewer than in the source.
-      vocab_multiple_of: rows are padded with zeros to a multiple of it.
 
     Raises:
       ConversionError: tensors or configuration that do not fit (errors.py).
@@ -43,24 +37,7 @@ def text_part(
     cfg = llama_from_hf(place.config, where, has_head=LM_HEAD in place.tensors)
     if cfg.tie_word_embeddings and LM_HEAD in place.tensors:
         place = _without_tied_head(place, record)
-    pieces = place.bind("language_model", SpeechLMConfig(text=cfg))
-
-    old = cfg.vocab_size
-    cfg = dataclasses.replace(
-        cfg, vocab_size=max(old, vocab_size or 0), vocab_multiple_of=vocab_multiple_of
-    )
-    if cfg.vocab_size > old:
-        record.note(
-            f"embeddings grow from {old} to {cfg.vocab_size} rows: new ones are the mean of the old"
-        )
-    if cfg.padded_vocab_size > old:
-        for path in _TABLES:
-            if path in pieces:
-                (table,) = pieces[path]
-                pieces[path] = [
-                    GrownRows(table, new=cfg.vocab_size - old, total=cfg.padded_vocab_size)
-                ]
-    return cfg, pieces
+    return cfg, place.bind("language_model", SpeechLMConfig(text=cfg))
 
 
 def _place(sources: Sources, record: Record) -> Place:

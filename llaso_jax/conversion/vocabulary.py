@@ -15,7 +15,7 @@ class GrownRows:
     Source of the mean: LLaSO llaso/train/train.py `smart_tokenizer_and_embedding_resize`.
     """
 
-    def __init__(self, table: Tensor, *, new: int, total: int) -> None:
+    def __init__(self, table: Tensor, new: int, total: int) -> None:
         assert len(table.shape) == 2, table.shape
         assert table.shape[0] + new <= total, (table.shape, new, total)
         self.table = table

@@ -1,6 +1,7 @@
 """Everything a model needs, gathered from one or several sources and checked, but not read yet."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +12,13 @@ from llaso_jax.conversion.projector_part import projector_part
 from llaso_jax.conversion.sources import Record, Sources
 from llaso_jax.conversion.text_part import text_part
 from llaso_jax.conversion.tower_part import tower_part
+from llaso_jax.conversion.vocabulary import GrownRows
 from llaso_jax.modeling.frames import AudioMode
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
+
+logger = logging.getLogger(__name__)
+
+_TABLES = ("language_model/embed_tokens/weight", "language_model/lm_head/weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Weights:
       hf_config: config.json of the language model, kept for export.
       ignored: names in the sources that are known and not needed.
       notes: decisions a person should see, one line each.
-      folder: of the language model, where its tokenizer and generation_config.json are looked for.
+      source: path of the language model, beside which its tokenizer is looked for.
     """
 
     cfg: SpeechLMConfig
@@ -35,7 +41,12 @@ class Weights:
     hf_config: dict[str, Any]
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
-    folder: Path | None
+    source: Path | None
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the language model."""
+        return self.source.parent if self.source and self.source.is_file() else self.source
 
 
 def gather_weights(
@@ -76,7 +87,7 @@ def gather_weights(
         cfg = dataclasses.replace(cfg, audio=tower[0])
         pieces |= tower[1]
         parts.append("audio_tower")
-    text = text_part(sources, record, vocab_size=vocab_size, vocab_multiple_of=vocab_multiple_of)
+    text = text_part(sources, record)
     if text is not None:
         cfg = dataclasses.replace(cfg, text=text[0])
         pieces |= text[1]
@@ -101,12 +112,42 @@ def gather_weights(
             cfg = dataclasses.replace(cfg, audio_mode=cast(AudioMode, mode))
         except ValueError as error:
             raise ConfigMismatchError(str(error)) from error
-    return Weights(
+    weights = Weights(
         cfg=cfg,
         parts=tuple(parts),
         pieces=pieces,
         hf_config=hf_config,
         ignored=tuple(sorted(set(record.ignored))),
         notes=tuple(record.notes),
-        folder=source.folder if source else None,
+        source=source.path if source else None,
+    )
+    return grow_vocabulary(weights, vocab_size or 0, multiple_of=vocab_multiple_of)
+
+
+def grow_vocabulary(weights: Weights, vocab_size: int, *, multiple_of: int = 1) -> Weights:
+    """`weights` with at least `vocab_size` embedding rows, the new ones the mean of the old.
+
+    The stored table is padded with zero rows to a multiple of `multiple_of`, which exports leave out.
+    """
+    old = weights.cfg.text.vocab_size
+    if "language_model" not in weights.parts or (vocab_size <= old and multiple_of == 1):
+        return weights
+    text = dataclasses.replace(
+        weights.cfg.text, vocab_size=max(old, vocab_size), vocab_multiple_of=multiple_of
+    )
+    grown = {
+        path: [GrownRows(weights.pieces[path][0], text.vocab_size - old, text.padded_vocab_size)]
+        for path in _TABLES
+        if path in weights.pieces
+    }
+    notes = weights.notes
+    if text.vocab_size > old:
+        line = f"embeddings grow from {old} to {text.vocab_size} rows: the mean of the old ones"
+        logger.info(line)
+        notes = (*notes, line)
+    return dataclasses.replace(
+        weights,
+        cfg=dataclasses.replace(weights.cfg, text=text),
+        pieces={**weights.pieces, **grown},
+        notes=notes,
     )

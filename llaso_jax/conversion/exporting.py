@@ -1,0 +1,298 @@
+"""Hugging Face folders out of parameters: LLaSO layout, stock Llama, stock Whisper encoder.
+
+Tensors leave the devices one by one, while the file is written.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llaso_jax.conversion.errors import TensorDtypeError
+from llaso_jax.conversion.hf_config import Json, llama_to_hf, whisper_to_hf
+from llaso_jax.conversion.llaso_config import llaso_to_hf
+from llaso_jax.conversion.model_folder import check_params
+from llaso_jax.conversion.safetensors_file import write_safetensors
+from llaso_jax.conversion.source import ALIGNER
+from llaso_jax.conversion.tables import LLASO, PARTS, Prefixes, Slot, slots
+from llaso_jax.conversion.tensors import FLOAT_DTYPES
+from llaso_jax.conversion.torch_file import write_torch
+from llaso_jax.conversion.writing import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    copy_files,
+    new_folder,
+)
+from llaso_jax.modeling.functional import Params, flatten
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 5_000_000_000
+Specs = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """How to write, the same for all layouts.
+
+    Attributes:
+      dtype: of the tensors; None keeps each one's.
+      max_shard_bytes: size at which the next .safetensors file starts.
+      overwrite: replace what is there.
+      progress: called with name and bytes after every tensor.
+    """
+
+    dtype: Any = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    overwrite: bool = False
+    progress: Callable[[str, int], None] | None = None
+
+
+def export_llaso(
+    folder: str | Path,
+    cfg: SpeechLMConfig,
+    params: Params,
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+    files_from: str | Path | None = None,
+    with_tower: bool = True,
+    tower_name: str | None = None,
+    options: ExportOptions = ExportOptions(),
+) -> Path:
+    """Write a LLaSO checkpoint, its side file mm_audio_aligner.bin included.
+
+    Args:
+      folder: where to.
+      cfg: the model.
+      params: nested parameters of all three parts.
+      hf_config: config.json the model came from; fields we do not know are kept from it.
+      files_from: folder of tokenizer files and generation_config.json to copy.
+      with_tower: write the audio tower into the checkpoint; without it, upstream loads `tower_name`.
+      tower_name: `mm_audio_tower`: a folder or a hub id; default that of `hf_config`, else "whisper".
+      options: dtype, shard size, overwriting, progress.
+
+    Returns:
+      The folder.
+
+    Raises:
+      TargetExistsError: the folder is not empty and options.overwrite is off.
+      ConversionError: parameters that are not those of `cfg` (errors.py), or a full disk.
+    """
+    parts = PARTS if with_tower else PARTS[1:]
+    # HF order: the decoder first, then what LLaSO adds to it.
+    table = slots(cfg, ("language_model", *parts[:-1]))
+    tensors = _Exporter(cfg, params, PARTS, table, options)
+    config = llaso_to_hf(cfg, dtype=tensors.main_dtype, source=hf_config or {}, tower=tower_name)
+    with new_folder(folder, overwrite=options.overwrite) as partial:
+        tensors.write(partial)
+        tensors.write_aligner(partial)
+        _write_text_files(partial, config, files_from)
+    return Path(folder).absolute()
+
+
+def export_llama(
+    folder: str | Path,
+    cfg: SpeechLMConfig,
+    params: Params,
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+    files_from: str | Path | None = None,
+    options: ExportOptions = ExportOptions(),
+) -> Path:
+    """Write the language model as transformers' LlamaForCausalLM; arguments as `export_llaso`."""
+    parts = ("language_model",)
+    tensors = _Exporter(cfg, params, parts, slots(cfg, parts), options)
+    config = llama_to_hf(cfg.text, dtype=tensors.main_dtype, source=hf_config or {})
+    with new_folder(folder, overwrite=options.overwrite) as partial:
+        tensors.write(partial)
+        _write_text_files(partial, config, files_from)
+    return Path(folder).absolute()
+
+
+def export_whisper(
+    folder: str | Path,
+    cfg: SpeechLMConfig,
+    params: Params,
+    *,
+    options: ExportOptions = ExportOptions(),
+) -> Path:
+    """Write the audio tower as a transformers WhisperModel whose decoder has no layers.
+
+    There is no stock class for an encoder alone. The tensors such a model must have beside the encoder
+    (a token table, a position table, a norm) are written as one row each, so that it loads with
+    nothing missing; `WhisperModel.from_pretrained(folder).encoder` is the encoder, as upstream loads it.
+    """
+    parts = ("audio_tower",)
+    table = slots(cfg, parts, Prefixes(audio_tower="encoder."))
+    tensors = _Exporter(cfg, params, parts, table, options)
+    width = (cfg.audio.d_model,)
+    tensors.extra = {
+        "decoder.embed_tokens.weight": np.zeros((1, *width)),
+        "decoder.embed_positions.weight": np.zeros((1, *width)),
+        "decoder.layer_norm.weight": np.ones(width),
+        "decoder.layer_norm.bias": np.zeros(width),
+    }
+    config = {
+        **whisper_to_hf(cfg.audio),
+        "decoder_layers": 0,
+        "decoder_attention_heads": cfg.audio.encoder_attention_heads,
+        "decoder_ffn_dim": cfg.audio.encoder_ffn_dim,
+        "vocab_size": 1,
+        "max_target_positions": 1,
+        **dict.fromkeys(
+            ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0
+        ),
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "torch_dtype": tensors.main_dtype,
+    }
+    with new_folder(folder, overwrite=options.overwrite) as partial:
+        tensors.write(partial)
+        _write_json(partial / "config.json", config)
+    return Path(folder).absolute()
+
+
+class _Exporter:
+    """The tensors of one folder: their specifications at once, their values one by one."""
+
+    def __init__(
+        self,
+        cfg: SpeechLMConfig,
+        params: Params,
+        parts: tuple[str, ...],
+        table: dict[str, Slot],
+        options: ExportOptions,
+    ) -> None:
+        params = {part: params[part] for part in parts if part in params}
+        check_params(cfg, params, parts)
+        self.flat = flatten(params)
+        self.table = table
+        self.options = options
+        self.extra: dict[str, np.ndarray] = {}
+        if options.dtype is not None and jnp.dtype(options.dtype) not in FLOAT_DTYPES:
+            raise TensorDtypeError(
+                f"dtype {options.dtype!r} cannot be exported; choose one of "
+                f"{', '.join(str(dtype) for dtype in FLOAT_DTYPES)}."
+            )
+
+    def dtype(self, slot: Slot) -> np.dtype:
+        return jnp.dtype(self.options.dtype or self.flat[slot.path].dtype)
+
+    @property
+    def main_dtype(self) -> str:
+        """Dtype of most elements, which config.json names."""
+        sizes: dict[str, int] = {}
+        for slot in self.table.values():
+            name = str(self.dtype(slot))
+            sizes[name] = sizes.get(name, 0) + math.prod(slot.shape)
+        return max(sizes, key=lambda name: sizes[name])
+
+    def value(self, slot: Slot) -> np.ndarray:
+        """One tensor as it is written, on the host."""
+        array = self.flat[slot.path]
+        if slot.layer is not None:
+            array = _layer(array, slot.layer)
+        if array.shape != slot.split:  # vocabulary padding
+            array = array[: slot.split[0]]
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            host = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        else:
+            host = np.asarray(array)
+        return host.reshape(slot.shape).astype(self.dtype(slot), copy=False)
+
+    def specs(self) -> Specs:
+        specs: Specs = {name: (s.shape, self.dtype(s)) for name, s in self.table.items()}
+        return specs | {
+            name: (value.shape, jnp.dtype(self.main_dtype)) for name, value in self.extra.items()
+        }
+
+    def values(self, specs: Specs) -> Iterator[np.ndarray]:
+        for name, (_, dtype) in specs.items():
+            value = (
+                self.extra[name].astype(dtype)
+                if name in self.extra
+                else self.value(self.table[name])
+            )
+            if self.options.progress is not None:
+                self.options.progress(name, value.nbytes)
+            yield value
+
+    def write(self, folder: Path) -> None:
+        """One .safetensors file, or several and their index."""
+        shards = _shard(self.specs(), self.options.max_shard_bytes)
+        names = [
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            for i in range(len(shards))
+        ]
+        for name, specs in zip(names, shards, strict=True):
+            if jax.process_index() == 0:
+                write_safetensors(folder / name, specs, self.values(specs))
+            else:
+                # Gathering is a collective: every process takes part, the first one writes.
+                for _ in self.values(specs):
+                    pass
+        if len(shards) > 1:
+            total = sum(math.prod(s) * d.itemsize for specs in shards for s, d in specs.values())
+            weight_map = {
+                name: file for file, specs in zip(names, shards, strict=True) for name in specs
+            }
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(folder / "model.safetensors.index.json", index)
+
+    def write_aligner(self, folder: Path) -> None:
+        """The projector alone, as upstream's stage 1 leaves it."""
+        tensors = {
+            name: self.value(slot)
+            for name, slot in self.table.items()
+            if name.startswith(LLASO.projector)
+        }
+        if jax.process_index() == 0:
+            write_torch(folder / f"{ALIGNER}.bin", tensors)
+
+
+@jax.jit
+def _layer(stacked: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+
+
+def _shard(specs: Specs, max_bytes: int) -> list[Specs]:
+    """Cut into files of at most `max_bytes`; a tensor larger than that has its own."""
+    shards: list[Specs] = [{}]
+    size = 0
+    for name, (shape, dtype) in specs.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (shape, dtype)
+        size += nbytes
+    return shards
+
+
+def _write_text_files(folder: Path, config: Json, files_from: str | Path | None) -> None:
+    if jax.process_index() != 0:
+        return
+    _write_json(folder / "config.json", config)
+    source = Path(files_from) if files_from is not None else None
+    copy_files(source, folder, (*TOKENIZER_FILES, GENERATION_CONFIG))
+    if not (folder / GENERATION_CONFIG).exists():
+        ids = {
+            k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config
+        }
+        _write_json(folder / GENERATION_CONFIG, {**ids, "do_sample": False})
+
+
+def _write_json(path: Path, value: Json) -> None:
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

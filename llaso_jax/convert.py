@@ -1,0 +1,352 @@
+"""`llaso convert`: weights in from Hugging Face, LLaSO, CTranslate2 and GGUF; Hugging Face folders out."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from llaso_jax.conversion import (
+    ExportOptions,
+    export_llama,
+    export_llaso,
+    export_whisper,
+    gather_weights,
+    is_model_folder,
+    load_model,
+    load_params,
+    read_info,
+    save_model,
+)
+from llaso_jax.conversion.loading import Progress as OnTensor
+from llaso_jax.conversion.tables import PARTS, slots
+from llaso_jax.conversion.tokenizer_files import fit_tokenizer
+from llaso_jax.conversion.writing import check_target
+from llaso_jax.errors import LlasoError
+from llaso_jax.modeling.frames import AUDIO_MODES
+from llaso_jax.modeling.functional import abstract_params, flatten, param_shardings
+from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.sharding.rules import ShardingError
+
+EXAMPLES = """\
+examples:
+  Whisper + Llama + a random projector, the start of stage 1
+    llaso convert from-hf whisper-large-v3/ Llama-3.2-3B-Instruct/ --output base/
+  a whole LLaSO checkpoint, in bfloat16, sharded over 8 devices
+    llaso convert from-hf LLaSO-Base-3.8B-Instruct/ --output llaso/ --dtype bfloat16 --mesh 8x1
+  a LLaSO checkpoint without its tower, with another projector
+    llaso convert from-hf checkpoint/ --whisper whisper-large-v3/ --projector mm_audio_aligner.bin -o llaso/
+  a CTranslate2 Whisper and a GGUF Llama
+    llaso convert from-hf faster-whisper-tiny/ SmolLM2-135M-Instruct.gguf --output small/
+  back to a LLaSO folder, and to folders transformers loads
+    llaso convert to-hf llaso/ --output hf/ --whisper hf-whisper/ --llama hf-llama/
+"""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one conversion; returns the exit code: 0 done, 1 an error of this package, 2 wrong usage."""
+    args = _parser().parse_args(argv)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        with _logging_to(console):
+            return args.run(args, console)
+    except (LlasoError, ShardingError) as error:
+        console.print(f"error ({type(error).__name__}): {error}", style="red", markup=False)
+        return 1
+
+
+@contextlib.contextmanager
+def _logging_to(console: Console) -> Iterator[None]:
+    """Show what this package logs, and nothing else, between the progress bars."""
+    ours = logging.getLogger("llaso_jax")
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    level, propagate = ours.level, ours.propagate
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        ours.propagate = propagate
+
+
+def from_hf(args: argparse.Namespace, console: Console) -> int:
+    """Sources -> a model folder."""
+    target = check_target(args.output, overwrite=args.overwrite)
+    mesh = make_mesh(args.mesh) if args.mesh else None  # before anything starts JAX
+    paths = [*args.sources, *filter(None, (args.whisper, args.llama, args.projector))]
+    if len(paths) == 1 and Path(paths[0]).is_dir() and is_model_folder(paths[0]):
+        return _reshard(Path(paths[0]), target, mesh, args, console)
+    weights = gather_weights(
+        *paths,
+        audio_mode=args.audio_mode,
+        projector_type=args.projector_type,
+        stack=args.stack,
+        seed=args.seed,
+    )
+    with tempfile.TemporaryDirectory() as files:
+        weights = fit_tokenizer(
+            weights,
+            Path(files),
+            tokenizer_from=args.tokenizer,
+            multiple_of=args.vocab_multiple_of,
+        )
+        with _bar(console, "reading", len(weights.pieces)) as progress:
+            shardings = _shardings(weights.cfg, mesh)
+            params = load_params(weights, shardings, dtype=args.dtype, progress=progress)
+        with console.status(f"writing {target}"):
+            save_model(
+                target,
+                weights.cfg,
+                params,
+                tokenizer_files_from=files,
+                hf_config=weights.hf_config,
+                overwrite=args.overwrite,
+            )
+    if weights.ignored:
+        console.print(
+            f"{len(weights.ignored)} tensors of the sources are not part of this model: "
+            f"{weights.ignored[0]} ... {weights.ignored[-1]}",
+            markup=False,
+        )
+    _summary(console, params, target)
+    return 0
+
+
+def to_hf(args: argparse.Namespace, console: Console) -> int:
+    """A model folder -> Hugging Face folders."""
+    wanted = [folder for folder in (args.output, args.whisper, args.llama) if folder]
+    if not wanted:
+        console.print(
+            "error: nothing to write: give --output (LLaSO layout), --llama or --whisper."
+        )
+        return 2
+    for folder in wanted:
+        check_target(folder, overwrite=args.overwrite)
+    mesh = make_mesh(args.mesh) if args.mesh else None
+    info = read_info(args.model)
+    parts = (
+        PARTS
+        if args.output
+        else tuple(
+            part
+            for part, folder in (("audio_tower", args.whisper), ("language_model", args.llama))
+            if folder
+        )
+    )
+    with console.status(f"reading {args.model}"):
+        cfg, params = load_model(args.model, mesh=mesh, parts=parts)
+
+    def options(progress: OnTensor) -> ExportOptions:
+        return ExportOptions(args.dtype, args.max_shard_size, args.overwrite, progress)
+
+    if args.output:
+        tower_name = args.tower_name
+        if tower_name is None and args.whisper:
+            tower_name = os.path.relpath(args.whisper, args.output)
+        with _bar(console, "LLaSO", len(slots(cfg))) as progress:
+            export_llaso(
+                args.output,
+                cfg,
+                params,
+                hf_config=info.hf_config,
+                files_from=args.model,
+                with_tower=not args.no_tower,
+                tower_name=tower_name,
+                options=options(progress),
+            )
+    if args.llama:
+        with _bar(console, "Llama", len(slots(cfg, ("language_model",)))) as progress:
+            export_llama(
+                args.llama,
+                cfg,
+                params,
+                hf_config=info.hf_config,
+                files_from=args.model,
+                options=options(progress),
+            )
+    if args.whisper:
+        with _bar(console, "Whisper", len(slots(cfg, ("audio_tower",))) + 4) as progress:
+            export_whisper(args.whisper, cfg, params, options=options(progress))
+    for folder in wanted:
+        console.print(f"wrote {folder}", markup=False)
+    return 0
+
+
+def _reshard(
+    source: Path, target: Path, mesh: Mesh | None, args: argparse.Namespace, console: Console
+) -> int:
+    """A model folder again, in another dtype or with shards of another mesh."""
+    info = read_info(source)
+    with console.status(f"reading {source}"):
+        cfg, params = load_model(source, mesh=mesh, dtype=args.dtype, parts=info.parts)
+    save_model(
+        target,
+        cfg,
+        params,
+        tokenizer_files_from=source,
+        hf_config=info.hf_config,
+        overwrite=args.overwrite,
+    )
+    _summary(console, params, target)
+    return 0
+
+
+def _shardings(cfg, mesh: Mesh | None):
+    if mesh is not None:
+        return param_shardings(cfg, mesh)
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return dict.fromkeys(abstract_params(cfg), single)
+
+
+@contextlib.contextmanager
+def _bar(console: Console, what: str, total: int) -> Iterator[OnTensor]:
+    """A progress bar over tensors."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[gigabytes]:.2f} GB"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, gigabytes=0.0)
+        done = 0
+
+        def advance(_: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            bar.update(task, advance=1, gigabytes=done / 1e9)
+
+        yield advance
+
+
+def _summary(console: Console, params, target: Path) -> None:
+    for part, tree in params.items():
+        leaves = flatten(tree).values()
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        console.print(f"  {part:<15} {sum(leaf.size for leaf in leaves):>14,} parameters, {dtypes}")
+    console.print(f"wrote {target}", markup=False)
+
+
+def _bytes(text: str) -> int:
+    """5GB, 500MB, 1000 -> bytes."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (
+        (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+    )
+    try:
+        size = int(float(number) * unit)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least one byte")
+    return size
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="llaso convert", description=__doc__, epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True, metavar="{from-hf,to-hf}")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: as they are)"
+    )
+    common.add_argument(
+        "--mesh", help="devices to spread the weights over, such as 8x1 (default: one device)"
+    )
+    common.add_argument("--overwrite", action="store_true", help="replace what is in the target")
+
+    read = commands.add_parser(
+        "from-hf",
+        parents=[common],
+        help="weights in: make a model folder",
+        description="Make a model folder for training and generation. What each source is, is found out "
+        "from its content.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    read.set_defaults(run=from_hf)
+    read.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="folders or files: a LLaSO checkpoint; a Whisper; a Llama; a projector file; a model folder",
+    )
+    read.add_argument("-o", "--output", required=True, help="model folder to write")
+    read.add_argument(
+        "--whisper", metavar="PATH", help="a Whisper, the same as naming it as SOURCE"
+    )
+    read.add_argument("--llama", metavar="PATH", help="a Llama, the same as naming it as SOURCE")
+    read.add_argument(
+        "--projector", metavar="FILE", help="mm_audio_aligner file: replaces any other projector"
+    )
+    read.add_argument(
+        "--projector-type",
+        help="of a random projector: linear, mlp2x_gelu (default), mlp3x_gelu, ...",
+    )
+    read.add_argument(
+        "--stack", type=int, help="frames stacked before a random projector (default 1)"
+    )
+    read.add_argument("--seed", type=int, default=0, help="of a random projector (default 0)")
+    read.add_argument(
+        "--audio-mode",
+        choices=AUDIO_MODES,
+        help="what of the audio reaches the language model (default: as the checkpoint says, else padded)",
+    )
+    read.add_argument(
+        "--tokenizer", metavar="PATH", help="folder or tokenizer.json (default: beside the Llama)"
+    )
+    read.add_argument(
+        "--vocab-multiple-of",
+        type=int,
+        default=1,
+        help="pad the embeddings so that they split over a mesh; undone by to-hf (default 1)",
+    )
+
+    write = commands.add_parser(
+        "to-hf",
+        parents=[common],
+        help="weights out: Hugging Face folders from a model folder",
+        description="Write Hugging Face folders from a model folder.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    write.set_defaults(run=to_hf)
+    write.add_argument("model", help="model folder")
+    write.add_argument("-o", "--output", help="folder in LLaSO layout to write")
+    write.add_argument("--llama", metavar="DIR", help="also write a stock LlamaForCausalLM here")
+    write.add_argument(
+        "--whisper",
+        metavar="DIR",
+        help="also write a stock WhisperModel (encoder, empty decoder) here",
+    )
+    write.add_argument(
+        "--no-tower", action="store_true", help="leave the audio tower out of the LLaSO folder"
+    )
+    write.add_argument(
+        "--tower-name", help="mm_audio_tower to write: a folder or a hub id (default: as it was)"
+    )
+    write.add_argument(
+        "--max-shard-size", type=_bytes, default=5 * 10**9, help="of each file (default 5GB)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
