@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from llaso_jax.errors import ConfigError
-from llaso_jax.inference.prompts import bucket, check_prompts, pad_prompts, prompts_of
+from llaso_jax.inference.prompts import Prompts, bucket, check_prompts, pad_prompts, prompts_of
 from llaso_jax.inference.sampling import (
     GenerationConfig,
     Knobs,
@@ -94,17 +94,14 @@ def generate_tokens(
     Raises:
       ConfigError: a batch that is not such prompts, or an id outside the vocabulary.
     """
-    prompts = prompts_of(batch)
-    check_prompts(cfg, prompts)
+    prompts = _checked(cfg, batch, mesh)
     for token in (*generation.eos_token_id, generation.pad_token_id):
         if not 0 <= token < cfg.text.vocab_size:
             raise ConfigError(
                 f"eos_token_id or pad_token_id {token} is outside the model's vocabulary of "
                 f"{cfg.text.vocab_size}: read ids from the tokenizer of this model's folder."
             )
-    rows = len(prompts["tokens"])
-    row_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    prompts = pad_prompts(prompts, row_multiple=row_multiple)
+    rows = len(batch["tokens"])
 
     method = Method.of(generation)
     knobs = Knobs(
@@ -127,6 +124,32 @@ def generate_tokens(
     return Generated(tokens[:rows, : generation.max_new_tokens], lengths[:rows])
 
 
+def prompt_logits(
+    cfg: SpeechLMConfig,
+    params: Params,
+    batch: Mapping[str, np.ndarray],
+    *,
+    at: np.ndarray | None = None,
+    compute: ComputeConfig | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules = FSDP_TENSOR,
+) -> np.ndarray:
+    """f32[B, A, V] next-token logits at the positions `at` i32[B, A], None for all S, on the host.
+
+    The other arguments are those of `generate_tokens`.
+    """
+    rows, length = batch["tokens"].shape
+    prompts = _checked(cfg, batch, mesh)
+    if at is None:
+        at = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    added = len(prompts["tokens"]) - rows
+    prompts["answer_index"] = np.pad(np.asarray(at, np.int32), ((0, added), (0, 0)))
+    placed = {name: _place_rows(array, mesh, rules) for name, array in prompts.items()}
+    programs = _programs(cfg, compute or ComputeConfig(), mesh, _ByIdentity(rules))
+    (logits,) = programs.fetch((programs.logits(params, placed),))
+    return logits[:rows]
+
+
 def place_params(
     cfg: SpeechLMConfig, params: Params, mesh: Mesh, rules: ShardingRules = FSDP_TENSOR
 ) -> Params:
@@ -139,6 +162,13 @@ def place_params(
     return unflatten(
         {path: jax.device_put(leaf, shardings[path]) for path, leaf in flatten(params).items()}
     )
+
+
+def _checked(cfg: SpeechLMConfig, batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> Prompts:
+    prompts = prompts_of(batch)
+    check_prompts(cfg, prompts)
+    row_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return pad_prompts(prompts, row_multiple=row_multiple)
 
 
 class _ByIdentity:
@@ -157,6 +187,7 @@ class _ByIdentity:
 class _Programs(NamedTuple):
     prefill: Callable[..., Progress]
     decode: Callable[..., Progress]
+    logits: Callable[..., jax.Array]
     fetch: Callable[[tuple[jax.Array, ...]], tuple[np.ndarray, ...]]
 
 
@@ -207,13 +238,18 @@ def _programs(
         with placed():
             return jax.lax.while_loop(unfinished, advance, progress)
 
+    @jax.jit
+    def logits(params, prompts) -> jax.Array:
+        with placed():
+            return bind(cfg, params, compute).answer_logits(prompts)[..., : cfg.text.vocab_size]
+
     # On several hosts no process holds every row: gather them all everywhere.
     gather = None if mesh is None else jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
     def fetch(arrays):
         return jax.device_get(arrays if gather is None else gather(arrays))
 
-    return _Programs(prefill, decode, fetch)
+    return _Programs(prefill, decode, logits, fetch)
 
 
 def _pin(cache: KVCache) -> KVCache:
