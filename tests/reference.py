@@ -3,6 +3,7 @@
 Nothing here is shared with llaso_jax.conversion: a mistake there must not hide here too.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TorchWhisperEncoder
 
 from llaso_jax.modeling.frames import audio_slots
-from llaso_jax.modeling.functional import unflatten
+from llaso_jax.modeling.functional import init_params, unflatten
 from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.projector import ProjectorConfig
 from llaso_jax.modeling.rope import RopeScaling
@@ -23,8 +24,8 @@ from llaso_jax.modeling.whisper import WhisperConfig
 
 Params = dict[str, Any]
 
-# Short wavelengths, so that tiny heads have planes in all three bands of the llama3 scaling.
-TINY_SCALING = RopeScaling(factor=8.0, original_max_position_embeddings=64)
+# So that heads of 8 have planes in all three bands: wavelengths 6 | 167 | 4443, 118144.
+TINY_SCALING = RopeScaling(factor=8.0, original_max_position_embeddings=512)
 
 
 def tiny_config(
@@ -257,6 +258,12 @@ _PLAIN = {
 def jit(function: Callable, **options: Any) -> Callable:
     """jax.jit for a program that runs once."""
     return jax.jit(function, compiler_options=_PLAIN, **options)
+
+
+@functools.cache
+def initializer(cfg: SpeechLMConfig) -> Callable[[jax.Array], Params]:
+    """`init_params` of `cfg` by key, compiled once for all tests."""
+    return jit(lambda key: init_params(cfg, key))
 
 
 def pure(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:

@@ -1,0 +1,120 @@
+"""The same loss and gradients on every mesh, with sharded parameters and real collectives."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from reference import jit, make_batch, random_params, tiny_config
+from tolerances import LEAF, assert_close
+
+from llaso_jax.modeling.functional import (
+    abstract_params,
+    bind,
+    flatten,
+    param_shardings,
+    unflatten,
+)
+from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.sharding.rules import FSDP_TENSOR, named_sharding, use_rules
+
+# Everything that is split divides by 8 (fsdp) and by 4 (tensor).
+CFG = tiny_config(
+    audio={"encoder_attention_heads": 4}, text={"num_key_value_heads": 4, "head_dim": 8}
+)
+
+
+@functools.cache
+def inputs():
+    """(parameters, batch of 8 unequal rows)."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in range(4, 12):
+        prompt = rng.integers(0, 48, length).tolist()
+        audio = [24, 24] if length % 2 else [24]
+        rows.append([[prompt, *audio, rng.integers(0, 48, 5).tolist()]])
+    batch = make_batch(rows, CFG, mel_length=24, answers=4)
+    return random_params(unflatten(abstract_params(CFG))), batch
+
+
+@functools.cache
+def compiled(text: str):
+    """(loss, gradients, HLO) on a mesh, parameters and batch sharded."""
+    mesh = make_mesh(text)
+    params, batch = inputs()
+    shardings = unflatten(param_shardings(CFG, mesh))
+    params = jax.device_put(params, shardings)
+    batch = {
+        name: jax.device_put(
+            array,
+            named_sharding(
+                name,
+                array.shape,
+                ("batch", *[None] * (array.ndim - 1)),
+                FSDP_TENSOR.activation,
+                mesh,
+            ),
+        )
+        for name, array in batch.items()
+    }
+
+    def step(params, batch):
+        with use_rules(mesh, FSDP_TENSOR):
+            return jax.value_and_grad(lambda p: bind(CFG, p).loss_sum(batch))(params)
+
+    program = jit(step, out_shardings=(None, shardings)).lower(params, batch).compile()
+    loss, gradients = program(params, batch)
+    for path, leaf in flatten(gradients).items():
+        assert leaf.sharding == flatten(shardings)[path]
+    return float(loss), jax.tree.map(np.asarray, gradients), program.as_text()
+
+
+@functools.cache
+def unsharded():
+    """(loss, gradients) of one device without any rules."""
+    params, batch = inputs()
+    return jit(jax.value_and_grad(lambda p: bind(CFG, p).loss_sum(batch)))(params)
+
+
+@pytest.mark.parametrize("text", ["1x1", "8x1", "4x2", "2x4", "data=2,fsdp=2,tensor=2"])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(text: str):
+    expected_loss, expected = unsharded()
+    loss, gradients, _ = compiled(text)
+    assert_close(loss, expected_loss, LEAF, f"loss on {text}")
+    assert_close(gradients, expected, LEAF, f"gradients on {text}")
+
+
+def test_fsdp_gathers_weights_and_reduces_gradients():
+    _, _, hlo = compiled("8x1")
+    assert "all-gather" in hlo
+    assert "reduce-scatter" in hlo or "all-reduce" in hlo
+    assert "all-gather" not in compiled("1x1")[2]
+
+
+def test_fsdp_never_gathers_the_stacked_layers_whole():
+    """Each layer is gathered inside the scan: no all-gather yields an array of all layers."""
+    layers = CFG.text.num_hidden_layers
+    assert layers == CFG.audio.encoder_layers
+    weights = {
+        tuple(info.shape)
+        for path, info in abstract_params(CFG).items()
+        if "/layers/" in path and len(info.shape) > 2
+    }
+    _, _, hlo = compiled("8x1")
+    gathers = [line for line in hlo.splitlines() if " all-gather" in line]
+    assert gathers
+    for shape in weights:
+        text = "f32[" + ",".join(map(str, shape)) + "]"
+        assert not [line for line in gathers if text in line.split(" all-gather")[0]], text
+
+
+def test_tensor_parallel_splits_attention_over_heads():
+    """On 2x4 each device computes one of four heads; 20 or 3 heads must never be gathered silently."""
+    cfg = dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, num_key_value_heads=2))
+    with pytest.raises(ValueError, match=r"2 along 'kv_heads'.*4 devices of mesh axis tensor"):
+        param_shardings(cfg, make_mesh("2x4"))
+    shardings = param_shardings(CFG, make_mesh("2x4"))
+    q = abstract_params(CFG)["language_model/layers/self_attn/q_proj/weight"]
+    sharding = shardings["language_model/layers/self_attn/q_proj/weight"]
+    assert sharding.shard_shape(q.shape) == (2, 1, 8, 16)
