@@ -272,9 +272,7 @@ def pure(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     return graph, nnx.to_pure_dict(state)
 
 
-def apply(
-    make: Callable[[nnx.Rngs], nnx.Module], params: Params, *args: Any, **kwargs: Any
-) -> Any:
+def apply(make: Callable[[nnx.Rngs], nnx.Module], params: Params, *args: Any, **kwargs: Any) -> Any:
     """`make(rngs)(*args)` over `params`, which must be exactly its parameters, shape by shape."""
     graph, own = pure(make)
     assert jax.tree.structure(own) == jax.tree.structure(params)

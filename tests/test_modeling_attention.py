@@ -17,7 +17,11 @@ def random(*shape: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2), (3, 1)])
 def test_attention_and_its_gradients_equal_torch(causal: bool, heads: int, kv: int):
-    q, k, v = random(2, 7, heads, 8, seed=0), random(2, 7, kv, 8, seed=1), random(2, 7, kv, 8, seed=2)
+    q, k, v = (
+        random(2, 7, heads, 8, seed=0),
+        random(2, 7, kv, 8, seed=1),
+        random(2, 7, kv, 8, seed=2),
+    )
     weight = random(2, 7, heads, 8, seed=3)
     segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]], np.int32)
     mask = segments[:, None, :, None] == segments[:, None, None, :]
@@ -41,7 +45,7 @@ def test_attention_and_its_gradients_equal_torch(causal: bool, heads: int, kv: i
 
 def test_cases_it_cannot_do_are_errors_with_the_numbers():
     q, k = random(1, 4, 4, 8, seed=0), random(1, 4, 3, 8, seed=1)
-    with pytest.raises(ValueError, match="4 query heads .* 3 key/value heads"):
+    with pytest.raises(ValueError, match=r"4 query heads .* 3 key/value heads"):
         attention(q, k, k, causal=True)
     with pytest.raises(ValueError, match="equal lengths, got 4 and 2"):
         attention(q, q[:, :2], q[:, :2], causal=True)

@@ -53,14 +53,10 @@ def llama(vocab: int) -> int:
 
 def with_vocab(vocab: int, **text) -> SpeechLMConfig:
     base = SpeechLMConfig()
-    return dataclasses.replace(
-        base, text=dataclasses.replace(base.text, vocab_size=vocab, **text)
-    )
+    return dataclasses.replace(base, text=dataclasses.replace(base.text, vocab_size=vocab, **text))
 
 
-@pytest.mark.parametrize(
-    ("vocab", "total"), [(128_256, 3_863_094_272), (128_261, 3_863_109_632)]
-)
+@pytest.mark.parametrize(("vocab", "total"), [(128_256, 3_863_094_272), (128_261, 3_863_109_632)])
 def test_llaso_base_has_exactly_its_published_parameters(vocab: int, total: int):
     assert llama(128_256) == 3_212_749_824  # the size Meta states for Llama-3.2-3B
     assert WHISPER + PROJECTOR + llama(vocab) == total
@@ -127,7 +123,9 @@ def test_flatten_and_split_lose_nothing():
     assert set(frozen) == {"audio_tower", "language_model"}
     merged = merge(trainable, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
-    assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True))
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True)
+    )
 
 
 def test_casting_reaches_every_leaf():

@@ -125,7 +125,9 @@ def test_logits_loss_and_gradients_equal_the_torch_composition(cfg: SpeechLMConf
 
     (loss, logits), grads = jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
     for row, n in enumerate(lengths):
-        assert_close(logits[row, :n], expected.logits[row, :n].detach(), COMPOSED, "SpeechLM logits")
+        assert_close(
+            logits[row, :n], expected.logits[row, :n].detach(), COMPOSED, "SpeechLM logits"
+        )
     assert_close(loss, expected.loss.detach(), COMPOSED, "SpeechLM loss")
     assert_close(
         grads["projector"],

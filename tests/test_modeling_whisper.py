@@ -65,9 +65,7 @@ def test_conv_stem_equals_transformers(cfg: WhisperConfig):
         ours = functools.partial(
             Conv1d, conv.in_channels, cfg.d_model, axis_in=axis, stride=stride, std=0.02
         )
-        actual = apply(
-            lambda rngs, ours=ours: ours(rngs=rngs), arrays(conv), x.transpose(0, 2, 1)
-        )
+        actual = apply(lambda rngs, ours=ours: ours(rngs=rngs), arrays(conv), x.transpose(0, 2, 1))
         expected = conv(torch.tensor(x)).detach().numpy().transpose(0, 2, 1)
         assert_close(actual, expected, LEAF, f"conv of stride {stride}")
     # The whole stem is what enters the first layer.
@@ -207,7 +205,10 @@ def test_valid_frames_are_independent_of_the_bucket_and_of_garbage_in_it(encoder
         padded[:, :, :valid] = mel
         features = encode(padded, np.full(3, valid, np.int32))
         assert_close(
-            features[:, :frames], np.repeat(expected, 3, 0), LEAF, f"{valid} in a bucket of {bucket}"
+            features[:, :frames],
+            np.repeat(expected, 3, 0),
+            LEAF,
+            f"{valid} in a bucket of {bucket}",
         )
         assert not np.asarray(features[:, frames:]).any()
 

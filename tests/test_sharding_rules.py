@@ -32,7 +32,9 @@ def test_storage_splits_embed_over_fsdp_and_heads_over_tensor():
 
 
 def test_unknown_axis_is_an_error_not_a_replica():
-    with pytest.raises(ShardingError, match=r"logical axis 'hedas' .* no sharding rule; known .*heads"):
+    with pytest.raises(
+        ShardingError, match=r"logical axis 'hedas' .* no sharding rule; known .*heads"
+    ):
         to_spec(("hedas", "embed"), FSDP_TENSOR.storage)
 
 
@@ -101,4 +103,6 @@ def test_every_parameter_of_llaso_base_is_split_but_for_small_vectors(text: str)
         total += info.size
     assert replicated <= 0.02 * total  # 0.018 % on 8x1
     # Anything else that is not split 8 ways shows here.
-    assert per_device <= 1.02 * total / 8  # 1.001 on 8x1, 1.017 on 2x4 (the position table, projector)
+    assert (
+        per_device <= 1.02 * total / 8
+    )  # 1.001 on 8x1, 1.017 on 2x4 (the position table, projector)
