@@ -41,6 +41,7 @@ CHANGES: dict[type, dict[str, tuple[Any, str]]] = {
         "encoder_ffn_dim": (40, "shapes"),
         "max_source_positions": (13, "shapes"),
         "init_std": (0.5, "initial values"),
+        "conv_gain": (3.0, "initial values"),
     },
     ProjectorConfig: {"type": ("mlp3x_gelu", "shapes"), "stack": (2, "shapes")},
     LlamaConfig: {
@@ -137,7 +138,8 @@ def test_changing_a_field_changes_the_model(kind: type, field: str):
             and "norm" not in path
             and "embed_positions" not in path
         }
-        assert moved == matrices
+        convolutions = {f"audio_tower/{conv}/weight" for conv in ("conv1", "conv2")}
+        assert moved == (convolutions if field == "conv_gain" else matrices)
 
 
 def test_trimmed_and_padded_modes_take_up_different_slots():
@@ -158,6 +160,35 @@ def test_initial_values_have_the_configured_spread():
         elif "embed_positions" not in path:
             assert np.std(leaf) == pytest.approx(0.02, rel=0.2), path
             assert np.abs(np.mean(leaf)) < 0.005, path
+
+
+def test_initial_values_without_a_spread_keep_the_variance_of_a_signal():
+    """1/sqrt(fan_in); matrices that write into the residual stream 1/sqrt(2 layers) of it."""
+    cfg = dataclasses.replace(
+        BASE,
+        audio=dataclasses.replace(BASE.audio, init_std=None, conv_gain=3.0),
+        text=dataclasses.replace(BASE.text, initializer_range=None),
+    )
+    values = initial_values(cfg)
+    fan_in = {"fc2": 32, "down_proj": 48, "out_proj": 16, "o_proj": 32}
+    for path, leaf in values.items():
+        tower, *_, module, name = path.split("/")
+        if (
+            name != "weight"
+            or "norm" in path
+            or tower == "projector"
+            or module == "embed_positions"
+        ):
+            continue
+        if module == "embed_tokens":
+            expected = 0.02
+        elif module.startswith("conv"):
+            expected = 3 * (3 * leaf.shape[1]) ** -0.5
+        elif module in fan_in:
+            expected = (fan_in[module] * 2 * 2) ** -0.5  # two layers
+        else:
+            expected = leaf.shape[-1] ** -0.5
+        assert np.std(leaf) == pytest.approx(expected, rel=0.2), path
 
 
 def test_layers_start_with_different_random_values():

@@ -1,7 +1,6 @@
 """The Whisper encoder against transformers, module by module, and its three audio modes."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,6 @@ from transformers.models.whisper.modeling_whisper import sinusoids as torch_sinu
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.layers import LayerNorm, gelu
 from llaso_jax.modeling.whisper import (
-    Conv1d,
     WhisperAttention,
     WhisperConfig,
     WhisperEncoder,
@@ -60,14 +58,18 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_conv_stem_equals_transformers(cfg: WhisperConfig):
     reference = torch_whisper(cfg)
     mel = random(2, cfg.num_mel_bins, 2 * cfg.max_source_positions)
-    for stride, axis, conv in ((1, "mel", reference.conv1), (2, "embed_out", reference.conv2)):
+    graph, _ = pure(lambda rngs: WhisperEncoder(cfg, F32, rngs=rngs))
+    params = whisper_params(arrays(reference), cfg)
+    for name in ("conv1", "conv2"):
+        conv = getattr(reference, name)
         x = random(2, conv.in_channels, 17)  # odd on purpose
-        ours = functools.partial(
-            Conv1d, conv.in_channels, cfg.d_model, axis_in=axis, stride=stride, std=0.02
-        )
-        actual = apply(lambda rngs, ours=ours: ours(rngs=rngs), arrays(conv), x.transpose(0, 2, 1))
+
+        def run(p, x, name=name):
+            return getattr(nnx.merge(graph, nnx.State(p)), name)(x)
+
+        actual = jit(run)(params, x.transpose(0, 2, 1))
         expected = conv(torch.tensor(x)).detach().numpy().transpose(0, 2, 1)
-        assert_close(actual, expected, LEAF, f"conv of stride {stride}")
+        assert_close(actual, expected, LEAF, name)
     # The whole stem is what enters the first layer.
     with torch.no_grad():
         stem = torch.nn.functional.gelu(reference.conv1(torch.tensor(mel)))
@@ -75,7 +77,7 @@ def test_conv_stem_equals_transformers(cfg: WhisperConfig):
         stem = stem + reference.embed_positions.weight
     _, states = apply(
         lambda rngs: WhisperEncoder(cfg, F32, rngs=rngs),
-        whisper_params(arrays(reference), cfg),
+        params,
         mel,
         hidden_states=True,
     )
@@ -248,5 +250,5 @@ def test_sizes_that_do_not_fit_are_errors_with_both_numbers():
 
 def test_defaults_are_whisper_large_v3():
     """Spec: 32 layers, d=1280, 20 heads, ffn 5120, 128 mel bins, 1500 positions."""
-    assert dataclasses.astuple(WhisperConfig()) == (128, 1280, 32, 20, 5120, 1500, 0.02)
+    assert dataclasses.astuple(WhisperConfig())[:6] == (128, 1280, 32, 20, 5120, 1500)
     assert HFWhisperConfig().init_std == WhisperConfig().init_std
