@@ -110,18 +110,25 @@ def test_rows_end_at_any_eos_and_are_padded():
     assert got.lengths.min() < 12
 
 
-def test_prompts_alone_and_together_read_the_same():
-    together = speech_tokens().tokens
-    generation = GenerationConfig(max_new_tokens=12, **SAMPLED)
-    drawn = generate_tokens(CFG, params(), prompts(SPEECH), generation).tokens
-    assert (drawn != together).any()
+def test_empty_rows_have_no_tokens_and_keep_nobody_waiting():
     batch = prompts(SPEECH)
+    batch["segment_ids"][1] = 0
+    got = generate_tokens(CFG, params(), batch, GenerationConfig(max_new_tokens=12))
+    assert got.lengths.tolist() == [12, 0, 12]
+    np.testing.assert_array_equal(got.tokens[[0, 2]], speech_tokens().tokens[[0, 2]])
+    assert not got.tokens[1].any()
+
+
+def test_prompts_alone_and_together_read_the_same():
+    """Sampled, so that every row's randomness has to be its own too."""
+    generation = GenerationConfig(max_new_tokens=12, **SAMPLED)
+    batch = prompts(SPEECH)
+    together = generate_tokens(CFG, params(), batch, generation).tokens
+    assert (together != speech_tokens().tokens).any()
     for row in range(3):
         alone = {key: value[row : row + 1] for key, value in batch.items()}
-        greedy = generate_tokens(CFG, params(), alone, GenerationConfig(max_new_tokens=12))
-        np.testing.assert_array_equal(greedy.tokens[0], together[row])
-        sampled = generate_tokens(CFG, params(), alone, generation)
-        np.testing.assert_array_equal(sampled.tokens[0], drawn[row])
+        got = generate_tokens(CFG, params(), alone, generation)
+        np.testing.assert_array_equal(got.tokens[0], together[row])
 
 
 @pytest.mark.parametrize("mesh_text", [pytest.param("1x1", marks=pytest.mark.slow), "8x1", "4x2"])
@@ -183,7 +190,7 @@ def test_batches_that_are_not_prompts_are_refused():
     packed = dict(good, segment_ids=np.maximum(good["segment_ids"], 2))
     refused("right-padded prompts", packed)
     refused("right-padded", dict(good, segment_ids=good["segment_ids"][:, ::-1]))
-    refused("at least one token", dict(good, segment_ids=good["segment_ids"] * 0))
+    refused("no rows", {key: value[:0] for key, value in good.items()})
     refused("mel has 4 bins", dict(good, mel=good["mel"][:, :, :4]))
     refused("past the 12 frames", dict(good, mel=good["mel"][:, :1]))
     refused("outside the model's vocabulary of 48", good, GenerationConfig(eos_token_id=48))

@@ -81,7 +81,7 @@ def generate_tokens(
       cfg: architecture.
       params: parameters; on a mesh, stored there (`place_params`).
       batch: of the batch contract: tokens, positions, segment_ids (1, padding 0) and, with audio,
-        audio_slot, mel, mel_frames. Other entries are not read.
+        audio_slot, mel, mel_frames. Other entries are not read. An empty row gets no tokens.
       generation: what to generate.
       compute: dtype and kernels; f32 by default.
       mesh: rows are split over its data and fsdp axes (rows added for that are dropped again).

@@ -48,7 +48,7 @@ def prompts_of(batch: Mapping[str, np.ndarray]) -> Prompts:
 
 
 def check_prompts(cfg: SpeechLMConfig, prompts: Prompts) -> None:
-    """Raise ConfigError unless each row is one right-padded prompt whose slots are in its audio."""
+    """Raise ConfigError unless each row is one right-padded prompt, or empty, with slots in its audio."""
     segments = prompts["segment_ids"]
     rows, length = segments.shape
     lengths = (segments > 0).sum(-1)
@@ -58,9 +58,8 @@ def check_prompts(cfg: SpeechLMConfig, prompts: Prompts) -> None:
             "segment_ids are not those of right-padded prompts, one per row: 1 on the prompt, "
             "then 0 on padding. A packed training batch cannot be generated from."
         )
-    if rows == 0 or not lengths.all():
-        raise ConfigError(f"{rows} prompts, the shortest of {lengths.min(initial=0)} tokens: "
-                          "every row needs at least one token.")  # fmt: skip
+    if not rows:
+        raise ConfigError("the batch has no rows; at least one prompt is needed.")
     if "mel" not in prompts:
         return
     _, chunks, bins, frames = prompts["mel"].shape
