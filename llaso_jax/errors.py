@@ -57,3 +57,11 @@ class CheckpointError(LlasoError):
 
 class ConversionError(LlasoError):
     """Weights that cannot be converted: unmapped, unexpected, missing, duplicate or misshapen."""
+
+
+class NonFiniteLossError(LlasoError):
+    """Training gave a loss that is infinite or not a number."""
+
+
+class InterruptedRunError(LlasoError):
+    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved where it stood."""

@@ -21,9 +21,18 @@ gelu = functools.partial(jax.nn.gelu, approximate=False)
 """Exact (erf) GELU, as in Whisper and the projector; JAX's default is the tanh approximation."""
 
 
-def normal(std: float) -> Initializer:
-    """N(0, std^2)."""
-    return jax.nn.initializers.normal(std)
+def normal(std: float | None, fan_in: int, *, gain: float = 1.0) -> Initializer:
+    """N(0, (gain * std)^2); std None means 1/sqrt(fan_in), which keeps the variance of a signal."""
+    return jax.nn.initializers.normal(gain * (fan_in**-0.5 if std is None else std))
+
+
+def residual_gain(std: float | None, layers: int) -> float:
+    """Gain of matrices that write into the residual stream: 1/sqrt(2 layers) with variance-keeping weights.
+
+    Two matrices of each layer add to the stream; scaled so, its variance does not grow with depth
+    (GPT-2, section 2.3). With a fixed `std` the gain is 1, as in transformers.
+    """
+    return (2 * layers) ** -0.5 if std is None else 1.0
 
 
 def param(

@@ -13,7 +13,16 @@ from flax import nnx
 
 from llaso_jax.modeling.compute import ComputeConfig, rematerialize
 from llaso_jax.modeling.kernels.attention import attention
-from llaso_jax.modeling.layers import Linear, RMSNorm, normal, param, stack_layers, use
+from llaso_jax.modeling.layers import (
+    Initializer,
+    Linear,
+    RMSNorm,
+    normal,
+    param,
+    residual_gain,
+    stack_layers,
+    use,
+)
 from llaso_jax.modeling.rope import RopeScaling, inverse_frequencies, rotary_table, rotate
 from llaso_jax.sharding.rules import constrain
 
@@ -24,7 +33,8 @@ class LlamaConfig:
 
     Defaults are Llama-3.2-3B. `head_dim` None means hidden_size / num_attention_heads.
     `vocab_multiple_of` pads the stored embedding rows so that they split over a mesh; padded rows get
-    no probability and are dropped on export.
+    no probability and are dropped on export. `initializer_range` None draws random matrices with a
+    standard deviation of 1/sqrt(fan_in).
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -39,7 +49,7 @@ class LlamaConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = RopeScaling()
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | None = 0.02
     vocab_multiple_of: int = 1
 
     def __post_init__(self) -> None:
@@ -84,6 +94,15 @@ class KVCache(NamedTuple):
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
 
 
+EMBEDDING_STD = 0.02
+"""Of random token embeddings where initializer_range is None (a look-up has no fan-in)."""
+
+
+def _residual_init(cfg: LlamaConfig, fan_in: int) -> Initializer:
+    gain = residual_gain(cfg.initializer_range, cfg.num_hidden_layers)
+    return normal(cfg.initializer_range, fan_in, gain=gain)
+
+
 class LlamaAttention(nnx.Module):
     """Projections of grouped-query attention; what is attended to is the caller's `attend`."""
 
@@ -95,7 +114,7 @@ class LlamaAttention(nnx.Module):
                 in_axes=("embed",),
                 out_axes=(axis, "head_dim"),
                 bias=False,
-                init=normal(cfg.initializer_range),
+                init=normal(cfg.initializer_range, cfg.hidden_size),
                 rngs=rngs,
             )
 
@@ -108,7 +127,7 @@ class LlamaAttention(nnx.Module):
             in_axes=("heads", "head_dim"),
             out_axes=("embed",),
             bias=False,
-            init=normal(cfg.initializer_range),
+            init=_residual_init(cfg, cfg.num_attention_heads * cfg.head_width),
             rngs=rngs,
         )
 
@@ -125,20 +144,24 @@ class LlamaMLP(nnx.Module):
     """SwiGLU feed-forward."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        def linear(dim_in: int, dim_out: int, axis_in: str, axis_out: str) -> Linear:
+        def linear(
+            dim_in: int, dim_out: int, axis_in: str, axis_out: str, init: Initializer
+        ) -> Linear:
             return Linear(
                 (dim_in,),
                 (dim_out,),
                 in_axes=(axis_in,),
                 out_axes=(axis_out,),
                 bias=False,
-                init=normal(cfg.initializer_range),
+                init=init,
                 rngs=rngs,
             )
 
-        self.gate_proj = linear(cfg.hidden_size, cfg.intermediate_size, "embed", "ffn")
-        self.up_proj = linear(cfg.hidden_size, cfg.intermediate_size, "embed", "ffn")
-        self.down_proj = linear(cfg.intermediate_size, cfg.hidden_size, "ffn", "embed")
+        narrow, wide = cfg.hidden_size, cfg.intermediate_size
+        inner = normal(cfg.initializer_range, narrow)
+        self.gate_proj = linear(narrow, wide, "embed", "ffn", inner)
+        self.up_proj = linear(narrow, wide, "embed", "ffn", inner)
+        self.down_proj = linear(wide, narrow, "ffn", "embed", _residual_init(cfg, wide))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [B, S, D] -> [B, S, D]."""
@@ -170,7 +193,8 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, compute: ComputeConfig, *, rngs: nnx.Rngs) -> None:
         table = (cfg.padded_vocab_size, cfg.hidden_size)
-        init = normal(cfg.initializer_range)
+        std = EMBEDDING_STD if cfg.initializer_range is None else cfg.initializer_range
+        init = normal(std, cfg.hidden_size)
         self.embed_tokens = nnx.Dict(weight=param(rngs, init, table, ("vocab", "embed")))
         self.layers = stack_layers(
             lambda r: LlamaDecoderLayer(cfg, rngs=r), cfg.num_hidden_layers, rngs

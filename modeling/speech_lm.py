@@ -90,12 +90,16 @@ class SpeechLM(nnx.Module):
         index = jnp.maximum(batch["answer_index"], 0)[..., None]
         return self.language_model.logits(jnp.take_along_axis(self.hidden(batch), index, axis=1))
 
-    def loss_sum(self, batch: Batch) -> jax.Array:
-        """Sum of the cross-entropy of `answer_token` over supervised positions, f32[]."""
+    def row_losses(self, batch: Batch) -> jax.Array:
+        """Sum of the cross-entropy of `answer_token` over each row's supervised positions, f32[B]."""
         logits = self.answer_logits(batch)
         target = jnp.take_along_axis(logits, batch["answer_token"][..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - target
-        return jnp.where(batch["answer_index"] >= 0, losses, 0).sum()
+        return jnp.where(batch["answer_index"] >= 0, losses, 0).sum(-1)
+
+    def loss_sum(self, batch: Batch) -> jax.Array:
+        """Sum of the cross-entropy over all supervised positions, f32[]."""
+        return self.row_losses(batch).sum()
 
     def prefill(self, batch: Batch, *, max_length: int) -> tuple[jax.Array, KVCache]:
         """Read right-padded prompts (segment 1, padding 0).

@@ -14,11 +14,13 @@ from llaso_jax.modeling.compute import ComputeConfig, rematerialize
 from llaso_jax.modeling.frames import CHUNK_MEL_FRAMES, CONV_STRIDE, encoder_frames
 from llaso_jax.modeling.kernels.attention import attention
 from llaso_jax.modeling.layers import (
+    Initializer,
     LayerNorm,
     Linear,
     gelu,
     normal,
     param,
+    residual_gain,
     stack_layers,
     use,
 )
@@ -29,7 +31,10 @@ from llaso_jax.sharding.rules import LogicalAxes, constrain
 class WhisperConfig:
     """Sizes of a Whisper encoder, under the names of transformers' WhisperConfig.
 
-    Defaults are Whisper-large-v3. Raises ValueError for sizes that do not fit together.
+    Defaults are Whisper-large-v3. `init_std` None draws random weights with a standard deviation of
+    1/sqrt(fan_in); `conv_gain` multiplies that of the convolutions: trained from scratch, their output has to
+    stand out against the position table, whose entries are up to 1.
+    Raises ValueError for sizes that do not fit together.
     """
 
     num_mel_bins: int = 128
@@ -38,7 +43,8 @@ class WhisperConfig:
     encoder_attention_heads: int = 20
     encoder_ffn_dim: int = 5120
     max_source_positions: int = 1500
-    init_std: float = 0.02
+    init_std: float | None = 0.02
+    conv_gain: float = 1.0
 
     def __post_init__(self) -> None:
         if self.d_model % self.encoder_attention_heads:
@@ -71,10 +77,17 @@ class Conv1d(nnx.Module):
     """1-d convolution of kernel 3, padding 1, weight f32[out, in, 3] as in torch.nn.Conv1d."""
 
     def __init__(
-        self, dim_in: int, dim_out: int, *, axis_in: str, stride: int, std: float, rngs: nnx.Rngs
+        self,
+        dim_in: int,
+        dim_out: int,
+        *,
+        axis_in: str,
+        stride: int,
+        init: Initializer,
+        rngs: nnx.Rngs,
     ) -> None:
         self.axes: LogicalAxes = ("embed", axis_in, "kernel")
-        self.weight = param(rngs, normal(std), (dim_out, dim_in, 3), self.axes)
+        self.weight = param(rngs, init, (dim_out, dim_in, 3), self.axes)
         self.bias = param(rngs, jax.nn.initializers.zeros, (dim_out,), ("norm",))
         self.stride = stride
 
@@ -90,6 +103,11 @@ class Conv1d(nnx.Module):
         return y + self.bias[...].astype(x.dtype).reshape(1, 1, -1)
 
 
+def _residual_init(cfg: WhisperConfig, fan_in: int) -> Initializer:
+    gain = residual_gain(cfg.init_std, cfg.encoder_layers)
+    return normal(cfg.init_std, fan_in, gain=gain)
+
+
 class WhisperAttention(nnx.Module):
     """Bidirectional self-attention; k_proj has no bias."""
 
@@ -103,7 +121,7 @@ class WhisperAttention(nnx.Module):
                 in_axes=("embed",),
                 out_axes=("heads", "head_dim"),
                 bias=bias,
-                init=normal(cfg.init_std),
+                init=normal(cfg.init_std, cfg.d_model),
                 rngs=rngs,
             )
 
@@ -116,10 +134,10 @@ class WhisperAttention(nnx.Module):
             in_axes=("heads", "head_dim"),
             out_axes=("embed",),
             bias=True,
-            init=normal(cfg.init_std),
+            init=_residual_init(cfg, cfg.d_model),
             rngs=rngs,
         )
-        self.implementation = compute.attention
+        self.compute = compute
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """x: [B, T, D], segment_ids: i32[B, T] or None (every frame is real) -> [B, T, D]."""
@@ -130,7 +148,7 @@ class WhisperAttention(nnx.Module):
             causal=False,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
-            implementation=self.implementation,
+            implementation=self.compute.attention,
         )
         return self.out_proj(out)
 
@@ -148,7 +166,7 @@ class WhisperEncoderLayer(nnx.Module):
             in_axes=("embed",),
             out_axes=("ffn",),
             bias=True,
-            init=normal(cfg.init_std),
+            init=normal(cfg.init_std, cfg.d_model),
             rngs=rngs,
         )
         self.fc2 = Linear(
@@ -157,7 +175,7 @@ class WhisperEncoderLayer(nnx.Module):
             in_axes=("ffn",),
             out_axes=("embed",),
             bias=True,
-            init=normal(cfg.init_std),
+            init=_residual_init(cfg, cfg.encoder_ffn_dim),
             rngs=rngs,
         )
 
@@ -173,14 +191,19 @@ class WhisperEncoder(nnx.Module):
 
     def __init__(self, cfg: WhisperConfig, compute: ComputeConfig, *, rngs: nnx.Rngs) -> None:
         self.conv1 = Conv1d(
-            cfg.num_mel_bins, cfg.d_model, axis_in="mel", stride=1, std=cfg.init_std, rngs=rngs
+            cfg.num_mel_bins,
+            cfg.d_model,
+            axis_in="mel",
+            stride=1,
+            init=normal(cfg.init_std, 3 * cfg.num_mel_bins, gain=cfg.conv_gain),
+            rngs=rngs,
         )
         self.conv2 = Conv1d(
             cfg.d_model,
             cfg.d_model,
             axis_in="embed_out",
             stride=CONV_STRIDE,
-            std=cfg.init_std,
+            init=normal(cfg.init_std, 3 * cfg.d_model, gain=cfg.conv_gain),
             rngs=rngs,
         )
         self.embed_positions = nnx.Dict(

@@ -1,0 +1,30 @@
+"""`llaso <command>`: the same programs as `python -m llaso_jax.<command>`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train a model through the stages of a recipe",
+    "convert": "Hugging Face, CTranslate2 or GGUF weights in; Hugging Face weights out",
+    "generate": "let a trained model answer about a recording",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the named command with the rest of the arguments; returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(f"llaso_jax.{arguments[0]}").main(arguments[1:])
+    width = max(map(len, COMMANDS))
+    lines = ["usage: llaso <command> [options]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines += ["", "`llaso <command> --help` tells more."]
+    asked = not arguments or arguments[0] in ("-h", "--help")
+    if not asked:
+        lines.insert(0, f"llaso: there is no command {arguments[0]!r}\n")
+    (sys.stdout if asked else sys.stderr).write("\n".join(lines) + "\n")
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Train a speech-language model: `python -m llaso_jax.train --mesh 8x1`.
+
+With no recipe it trains the quickstart: a small model from random weights, through both LLaSO
+stages, on the speech corpus that ships with the package.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+EXAMPLES = """examples:
+  python -m llaso_jax.train --mesh 8x1
+      the quickstart, on 8 devices (simulated where the machine has none)
+  python -m llaso_jax.train --mesh 8x1 --config llaso_base_align weights=models/llaso-init \\
+      stages.0.data.train_json='[align.json]' stages.0.data.data_root=audio
+      stage 1 of LLaSO-Base
+  python -m llaso_jax.train --mesh data=2,fsdp=2,tensor=2 stages.0.optimizer.learning_rate=5e-4
+      named mesh axes; any field of the recipe can be set
+
+A run that was interrupted continues when the same command is given again, on the same or another mesh.
+"""
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of `llaso train`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="llaso train",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--mesh",
+        default="1x1",
+        help="devices: FSDPxTENSOR such as 8x1, or named, data=2,fsdp=4 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--config",
+        default="mini",
+        help="recipe: a YAML file or a name in configs/ (default: %(default)s, the quickstart)",
+    )
+    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<name>)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete an earlier run in --output and start over"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="settings to change")
+    args = parser.parse_args(argv)
+
+    console = Console()
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[RichHandler(console=console, show_path=False, show_level=False)],
+        force=True,
+    )
+    for noisy in ("absl", "jax", "orbax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loading threads tokenize already
+
+    # Imported late: --help and a mistyped flag answer at once.
+    from llaso_jax.config import load_config
+    from llaso_jax.errors import InterruptedRunError, LlasoError
+    from llaso_jax.sharding.rules import ShardingError
+    from llaso_jax.training.run import train
+
+    started = time.monotonic()
+    try:
+        cfg = load_config(args.config, args.overrides)
+        output = args.output or Path("runs") / cfg.name
+        result = train(
+            cfg, mesh=args.mesh, output=output, overwrite=args.overwrite, console=console
+        )
+    except InterruptedRunError as error:
+        console.print(f"[yellow]stopped[/]: {error}", highlight=False)
+        return EXIT_INTERRUPTED
+    except (LlasoError, ShardingError) as error:
+        console.print("[red]error[/]:", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        return EXIT_ERROR
+
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"\nDone in {minutes:.1f} min. In {result.output}:")
+    console.print("  metrics.png, metrics.jsonl, tensorboard/   curves and numbers")
+    console.print("  model/                                     weights for this project (Orbax)")
+    if result.hf is not None:
+        console.print(
+            "  hf/                                        weights in LLaSO's Hugging Face layout"
+        )
+    console.print("Next: let it listen to a recording of yours,")
+    console.print(f"  llaso generate --checkpoint {result.model} --audio some.wav", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

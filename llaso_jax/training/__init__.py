@@ -1,0 +1,1 @@
+"""Training: optimizer, step, checkpoints, validation and the loop that runs them."""

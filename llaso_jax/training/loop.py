@@ -1,0 +1,319 @@
+"""One stage of training, from its first batch (or the newest checkpoint) to its last."""
+
+import dataclasses
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from llaso_jax.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    PrecisionConfig,
+    StageConfig,
+    resolve_data,
+)
+from llaso_jax.data.batch import Batch, PipelineStats
+from llaso_jax.data.pipeline import make_pipeline
+from llaso_jax.data.prompt import PromptConfig
+from llaso_jax.data.records import RecordSource
+from llaso_jax.data.samples import SampleLoader
+from llaso_jax.data.tokenizer import eos_token_ids
+from llaso_jax.errors import InterruptedRunError, NonFiniteLossError
+from llaso_jax.modeling.flops import train_flops
+from llaso_jax.modeling.functional import Params, abstract_params, merge
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.training.checkpoint import StageCheckpoints
+from llaso_jax.training.interrupt import StopRequest
+from llaso_jax.training.metrics import MetricsWriter, peak_flops
+from llaso_jax.training.optimizer import learning_rate_at, learning_rate_scales, make_optimizer
+from llaso_jax.training.report import StepBar
+from llaso_jax.training.state import Layout, TrainState, create_state, split_params
+from llaso_jax.training.step import StepMetrics, make_train_step, place_batch
+from llaso_jax.training.validation import Report, Validator, audio_layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    """What all stages of a run share."""
+
+    model: SpeechLMConfig
+    layout: Layout
+    tokenizer: Any
+    prompt: PromptConfig
+    precision: PrecisionConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    output: Path
+    metrics: MetricsWriter
+    console: Console
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """Parameters after a stage, and its validation before and after (None: not validated)."""
+
+    params: Params
+    before: Report | None
+    after: Report | None
+
+
+@dataclasses.dataclass
+class _Dispatched:
+    """A step whose results are still on the device."""
+
+    number: int
+    metrics: StepMetrics
+    batch: Batch
+    learning_rate: float
+
+
+class StageRun:
+    """One stage: `run()` trains it and returns the parameters it ends with."""
+
+    def __init__(
+        self, place: Workplace, stage: StageConfig, params: Params, *, before: Report | None = None
+    ) -> None:
+        """`before`: validation of `params`, where the stage before has just made it."""
+        self.place, self.stage = place, stage
+        compute, frozen_dtype = place.precision.resolve(jax.devices()[0].platform)
+        scales = learning_rate_scales(abstract_params(place.model), stage.parameters)
+        trainable, self.frozen = split_params(params, scales, frozen_dtype)
+        optimizer = make_optimizer(stage.optimizer, scales)
+        self.state: TrainState = create_state(trainable, optimizer, place.layout)
+        self.train_step = make_train_step(place.model, compute, optimizer, trainable, place.layout)
+        self.trains_encoder = any(scales[p] for p in scales if p.startswith("audio_tower/"))
+        self.trains_decoder = any(scales[p] for p in scales if p.startswith("language_model/"))
+        self.compute = compute
+
+        self.data = data = resolve_data(stage.data, index_dir=place.output / "index")
+        self.batches = iter(
+            make_pipeline(
+                data,
+                split="train",
+                tokenizer=place.tokenizer,
+                layout=audio_layout(place.model),
+                prompt=place.prompt,
+                quarantine_file=place.output / f"quarantine_{stage.name}.jsonl",
+            )
+        )
+        records = RecordSource(data.train_json, data_root=data.data_root, index_dir=data.index_dir)
+        # Samples of the whole stage: what progress is measured in where no max_steps is set.
+        self.total_samples = max(1, round((data.epochs or 1) * len(records)))
+        self.step = self.samples = 0
+        self.stats, self.steps_timed = PipelineStats(), 0
+        self.before = before
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> StageResult:
+        """Train to the end of the stage.
+
+        Raises:
+          NonFiniteLossError: naming the step and its samples; nothing is saved after it.
+          InterruptedRunError: after Ctrl-C or SIGTERM, once the state is saved.
+          DataError: data that cannot be used, by the policies of `data`.
+        """
+        folder = self.place.output / "checkpoints" / self.stage.name
+        with StageCheckpoints(folder, self.place.checkpoint) as checkpoints:
+            finished = self._resume(checkpoints)
+            validate = self._validator()
+            if not finished:
+                if validate is not None and self.step == 0 and self.before is None:
+                    self.before = self._validate(validate)
+                self._train(checkpoints, validate)
+            after = self._validate(validate) if validate is not None else None
+        self.batches.close()
+        return StageResult(self.params(), self.before, after)
+
+    def _train(self, checkpoints: StageCheckpoints, validate: Validator | None) -> None:
+        every = self.stage.evaluation.every_steps
+        pending: _Dispatched | None = None
+        total = self.stage.max_steps or self.total_samples
+        unit = "steps" if self.stage.max_steps else "samples"
+        self.stats, self.steps_timed = PipelineStats(), 0
+        with (
+            StopRequest() as stop,
+            StepBar(self.place.console, self.stage.name, total, unit) as bar,
+        ):
+            while self.step != self.stage.max_steps:
+                batch = next(self.batches, None)
+                if batch is None:
+                    break
+                rate = learning_rate_at(self.progress(), self.stage.optimizer)
+                arrays = place_batch(batch.arrays, self.stage.accumulation, self.place.layout)
+                self.state, metrics = self.train_step(
+                    self.state, self.frozen, arrays, np.float32(rate)
+                )
+                self.step += 1
+                self.samples += batch.stats.samples
+                # The step before is read only now: the device is never left waiting for the host.
+                pending = self._report(pending, bar, _Dispatched(self.step, metrics, batch, rate))
+                if stop.requested or self.step % self.place.checkpoint.every_steps == 0:
+                    pending = self._report(pending, bar)
+                    self._save(checkpoints, finished=False)
+                if stop.requested:
+                    checkpoints.wait()
+                    raise InterruptedRunError(
+                        f"{stop.requested}: stage {self.stage.name!r} is saved at step {self.step}. "
+                        f"Run the same command again to continue from there."
+                    )
+                if validate is not None and every and self.step % every == 0:
+                    pending = self._report(pending, bar)
+                    self._validate(validate)
+            self._report(pending, bar)
+        self._save(checkpoints, finished=True)
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def params(self) -> Params:
+        """All parameters as they stand, trained and frozen."""
+        return merge(self.state.trainable, self.frozen)
+
+    def progress(self) -> float:
+        """Share of the stage that is done, 0..1."""
+        if self.stage.max_steps is not None:
+            return self.step / self.stage.max_steps
+        return self.samples / self.total_samples
+
+    def _save(self, checkpoints: StageCheckpoints, *, finished: bool) -> None:
+        progress = {
+            "finished": finished,
+            "samples": self.samples,
+            "data": self.batches.get_state(),
+            "before": None if self.before is None else dataclasses.asdict(self.before),
+        }
+        checkpoints.save(self.state, progress, step=self.step)
+
+    def _resume(self, checkpoints: StageCheckpoints) -> bool:
+        """Continue from the newest checkpoint, if there is one; whether the stage is already done."""
+        newest = checkpoints.latest_step()
+        if newest is None:
+            return False
+        self.state, progress = checkpoints.restore(self.state, newest)
+        self.step, self.samples = newest, progress["samples"]
+        self.batches.set_state(progress["data"])
+        self.before = Report.from_dict(progress["before"]) if progress["before"] else None
+        logger.info("stage %s continues from step %d", self.stage.name, newest)
+        return progress["finished"]
+
+    def _validator(self) -> Validator | None:
+        data, cfg = self.data, self.stage.evaluation
+        if not data.eval_json:
+            return None
+        loader = SampleLoader(
+            self.place.tokenizer,
+            prompt=self.place.prompt,
+            layout=audio_layout(self.place.model),
+            max_audio_seconds=data.max_audio_seconds,
+            audio_policy=data.audio_policy,
+        )
+        return Validator(
+            self.place.model,
+            self.compute,
+            self.place.layout,
+            data,
+            loader,
+            self.place.tokenizer,
+            eos_token_id=eos_token_ids(self.place.tokenizer),
+            max_samples=cfg.max_samples,
+            max_new_tokens=cfg.max_new_tokens,
+            batch_rows=cfg.batch_rows,
+        )
+
+    def _validate(self, validate: Validator) -> Report:
+        started = time.monotonic()
+        report = validate(self.params())
+        self.place.metrics.write("eval", self.stage.name, self.step, report.numbers())
+        scores = ", ".join(
+            f"{name} {value:.3f}"
+            for name in ("loss", "wer", "accuracy")
+            if (value := getattr(report, name)) is not None
+        )
+        logger.info(
+            "stage %s, step %d, held out: %s (%.0f s)",
+            self.stage.name,
+            self.step,
+            scores,
+            time.monotonic() - started,
+        )
+        return report
+
+    def _report(
+        self, done: _Dispatched | None, bar: StepBar, newer: _Dispatched | None = None
+    ) -> _Dispatched | None:
+        """Read a dispatched step's results, check and write them; returns `newer`, now dispatched."""
+        if done is None:
+            return newer
+        loss, grad_norm = float(done.metrics.loss), float(done.metrics.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteLossError(_describe_non_finite(self.stage.name, done, loss, grad_norm))
+        self.stats.add(done.batch.stats)
+        seconds = max(time.monotonic() - self.stats.started, 1e-9)
+        values = {
+            "loss": loss,
+            "learning_rate": done.learning_rate,
+            "grad_norm": grad_norm,
+            "answers": int(done.metrics.answers),
+            "samples": self.samples - (newer.batch.stats.samples if newer else 0),
+            "padding": done.batch.stats.padding,
+            "tokens_per_second": self.stats.tokens / seconds,
+            "audio_seconds_per_second": self.stats.audio_seconds / seconds,
+            "samples_per_second": self.stats.samples / seconds,
+            "quarantined": done.batch.stats.quarantined,
+        }
+        self.steps_timed += 1
+        mfu = self._mfu(done.batch, seconds / self.steps_timed)
+        if mfu is not None:
+            values["mfu"] = mfu
+        if done.number % self.place.logging.every_steps == 0 or newer is None:
+            self.place.metrics.write("train", self.stage.name, done.number, values)
+        bar.update(
+            done.number if self.stage.max_steps else values["samples"],
+            f"loss {loss:.3f}  lr {done.learning_rate:.1e}  {values['tokens_per_second']:.0f} tok/s  "
+            f"{values['audio_seconds_per_second']:.0f} s audio/s  padding {values['padding']:.0%}"
+            + (f"  MFU {mfu:.0%}" if mfu is not None else ""),
+        )
+        return newer
+
+    def _mfu(self, batch: Batch, seconds: float) -> float | None:
+        devices = self.place.layout.mesh.devices.flat
+        peak = peak_flops(devices[0].device_kind)
+        if peak is None:
+            return None
+        flops = train_flops(
+            self.place.model,
+            chunks=int(batch.arrays["mel_frames"].size),
+            mel_frames=batch.arrays["mel"].shape[-1],
+            rows=len(batch.arrays["tokens"]),
+            positions=batch.arrays["tokens"].shape[1],
+            answers=batch.arrays["answer_index"].size,
+            trains_encoder=self.trains_encoder,
+            trains_decoder=self.trains_decoder,
+        )
+        return flops / seconds / (peak * len(devices))
+
+
+def _describe_non_finite(stage: str, done: _Dispatched, loss: float, grad_norm: float) -> str:
+    rows = np.asarray(done.metrics.row_losses).reshape(-1)
+    bad = [
+        ids
+        for ids, value in zip(done.batch.sample_ids, rows, strict=True)
+        if not np.isfinite(value)
+    ]
+    where = (
+        "samples of the rows it came from" if bad else "all samples of the step (no row stands out)"
+    )
+    ids = [i for row in (bad or done.batch.sample_ids) for i in row]
+    return (
+        f"stage {stage!r}: loss {loss} (gradient norm {grad_norm}) in step {done.number}, computed from "
+        f"the parameters after step {done.number - 1}; {where}: {', '.join(ids)}. Lower "
+        f"optimizer.learning_rate, or look at these samples; the newest checkpoint is unharmed."
+    )

@@ -1,0 +1,240 @@
+"""A whole training run: one recipe, one mesh, one output folder, all stages."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from llaso_jax.config import RunConfig, resolve_path, to_tree, to_yaml
+from llaso_jax.conversion import ExportOptions, export_llaso, save_model
+from llaso_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from llaso_jax.errors import CheckpointError, ConfigError
+from llaso_jax.inference.pretrained import load_pretrained, read_config, save_prompt_config
+from llaso_jax.modeling.functional import Params, count_params
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.training.loop import StageRun, Workplace
+from llaso_jax.training.metrics import MetricsWriter, plot_metrics
+from llaso_jax.training.report import score_table, transcript_lines
+from llaso_jax.training.state import Layout, random_params
+from llaso_jax.training.validation import Report
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ when a run is resumed: they change speed, files or logs, not results.
+FREE_ON_RESUME = (
+    "description",
+    "checkpoint",
+    "logging",
+    "evaluation",
+    "num_workers",
+    "num_threads",
+    "read_ahead",
+    "prefetch_batches",
+    "index_dir",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """Where a finished run left its things, and its scores before and after (None: not validated)."""
+
+    output: Path
+    model: Path
+    hf: Path | None
+    before: Report | None
+    after: Report | None
+
+
+def train(
+    cfg: RunConfig,
+    *,
+    mesh: str,
+    output: Path,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Run the recipe `cfg` on `mesh`, resuming in `output` where a run of the same recipe stopped.
+
+    Weights come from the first of: the newest checkpoint in `output`, the stage before,
+    `cfg.weights`, random numbers.
+
+    Raises:
+      ConfigError, ShardingError: settings that cannot work.
+      CheckpointError: `output` holds another run and `overwrite` is off.
+      NonFiniteLossError, DataError, InterruptedRunError: see `StageRun.run`.
+    """
+    console = console or Console()
+
+    # 1. Mesh and model.
+    device_mesh = make_mesh(mesh)
+    model = _model_config(cfg)
+    layout = Layout.of(model, device_mesh)
+    for stage in cfg.stages:
+        _check_rows(stage.name, stage.data.rows // stage.accumulation, layout.batch_shards, mesh)
+
+    # 2. Output folder.
+    _prepare_output(cfg, output, overwrite=overwrite)
+    tokenizer = load_tokenizer(resolve_path(cfg.tokenizer))
+    _check_vocabulary(model, tokenizer, cfg.tokenizer)
+    text_files = _save_tokenizer(tokenizer, output / "tokenizer")
+
+    # 3. Parameters to start from.
+    params, hf_config = _initial_params(cfg, model, layout)
+    logger.info(
+        "%s: %.2f M parameters, mesh %s (%d %s devices)",
+        cfg.name,
+        count_params(model) / 1e6,
+        mesh,
+        device_mesh.devices.size,
+        device_mesh.devices.flat[0].platform,
+    )
+
+    # 4. Stages.
+    first: Report | None = None
+    last: Report | None = None
+    with MetricsWriter(output, tensorboard=cfg.logging.tensorboard) as metrics:
+        place = Workplace(
+            model=model,
+            layout=layout,
+            tokenizer=tokenizer,
+            prompt=cfg.prompt,
+            precision=cfg.precision,
+            checkpoint=cfg.checkpoint,
+            logging=cfg.logging,
+            output=output,
+            metrics=metrics,
+            console=console,
+        )
+        for index, stage in enumerate(cfg.stages):
+            same_data = index > 0 and stage.data.eval_json == cfg.stages[index - 1].data.eval_json
+            run = StageRun(place, stage, params, before=last if same_data else None)
+            del params  # the run holds them: a second copy would double memory
+            result = run.run()
+            params = result.params
+            first = first or result.before
+            last = result.after or last
+            del run
+
+    # 5. Results.
+    plot_metrics(output / "metrics.jsonl", output / "metrics.png")
+    save_model(
+        output / "model",
+        model,
+        params,
+        tokenizer_files_from=text_files,
+        hf_config=hf_config,
+        overwrite=True,
+    )
+    save_prompt_config(output / "model", cfg.prompt)
+    hf = None
+    if cfg.checkpoint.export_hf:
+        hf = export_llaso(
+            output / "hf",
+            model,
+            params,
+            hf_config=hf_config,
+            files_from=text_files,
+            options=ExportOptions(overwrite=True),
+        )
+        save_prompt_config(hf, cfg.prompt)
+    if last is not None:
+        console.print(score_table(first, last))
+        for line in transcript_lines(last.answers):
+            console.print(line, markup=False, highlight=False)
+    return RunResult(output, output / "model", hf, first, last)
+
+
+def _model_config(cfg: RunConfig) -> SpeechLMConfig:
+    if cfg.weights is None:
+        assert cfg.model is not None
+        return cfg.model
+    stored = read_config(resolve_path(cfg.weights))
+    if cfg.model is not None and cfg.model != stored:
+        raise ConfigError(
+            f"'model' of the recipe differs from the architecture of weights={cfg.weights!r}: leave "
+            f"'model' out, or leave 'weights' out to train from random weights."
+        )
+    return stored
+
+
+def _initial_params(
+    cfg: RunConfig, model: SpeechLMConfig, layout: Layout
+) -> tuple[Params, dict[str, Any]]:
+    """Parameters, and the Hugging Face configuration they came with (or {})."""
+    if cfg.weights is None:
+        return random_params(model, layout, cfg.seed), {}
+    _, params, hf_config = load_pretrained(resolve_path(cfg.weights), mesh=layout.mesh)
+    return params, hf_config
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> Path:
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": list(eos_token_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
+    (folder / "generation_config.json").write_text(
+        json.dumps(ends, indent=2) + "\n", encoding="utf-8"
+    )
+    return folder
+
+
+def _check_rows(stage: str, rows: int, shards: int, mesh: str) -> None:
+    if rows % shards:
+        raise ConfigError(
+            f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) do not split over "
+            f"the {shards} data and fsdp devices of mesh {mesh!r}. Choose data.rows as a multiple of "
+            f"accumulation x {shards}."
+        )
+
+
+def _check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:
+    if len(tokenizer) > model.text.vocab_size:
+        raise ConfigError(
+            f"tokenizer {name!r} has {len(tokenizer)} tokens, the model model.text.vocab_size="
+            f"{model.text.vocab_size}: embeddings must cover every token. Convert the weights together "
+            f"with this tokenizer, or raise model.text.vocab_size."
+        )
+
+
+def _prepare_output(cfg: RunConfig, output: Path, *, overwrite: bool) -> None:
+    """Make the folder, or check that the run in it is this one."""
+    resolved = output / "config.yaml"
+    if overwrite and resolved.is_file():
+        shutil.rmtree(output)
+    if resolved.is_file():
+        earlier = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+        differences = _differences(earlier, to_tree(cfg))
+        if differences:
+            raise CheckpointError(
+                f"{output} holds a run of other settings ({'; '.join(differences[:5])}). Choose another "
+                f"--output, use the settings of {resolved}, or pass --overwrite to start over."
+            )
+    elif output.is_dir() and any(output.iterdir()):
+        raise CheckpointError(
+            f"{output} is not empty and holds no run of ours (no config.yaml): choose another --output."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    resolved.write_text(to_yaml(cfg), encoding="utf-8")
+
+
+def _differences(earlier: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        return [
+            difference
+            for name in {**earlier, **now}
+            if name not in FREE_ON_RESUME
+            for difference in _differences(
+                earlier.get(name), now.get(name), f"{key}.{name}" if key else name
+            )
+        ]
+    if isinstance(earlier, list) and isinstance(now, list) and len(earlier) == len(now):
+        return [
+            difference
+            for index, pair in enumerate(zip(earlier, now, strict=True))
+            for difference in _differences(*pair, f"{key}.{index}")
+        ]
+    return [] if earlier == now else [f"{key}: {earlier!r} there, {now!r} now"]

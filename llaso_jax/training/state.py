@@ -1,0 +1,115 @@
+"""What a training run holds on its devices: trainable and frozen parameters, optimizer state, their layout."""
+
+import dataclasses
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llaso_jax.modeling.functional import (
+    Params,
+    abstract_params,
+    flatten,
+    init_params,
+    param_shardings,
+    split,
+    unflatten,
+)
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.sharding.rules import FSDP_TENSOR, ShardingRules
+
+logger = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """What a step changes (or the shardings of that). Frozen parameters are not part of it.
+
+    step: i32[] optimizer steps done; trainable: nested f32 parameters; opt_state: optax state.
+    """
+
+    step: Any
+    trainable: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where things live: mesh, rules and the sharding of every parameter."""
+
+    mesh: Mesh
+    rules: ShardingRules
+    params: dict[str, NamedSharding]
+
+    @classmethod
+    def of(cls, cfg: SpeechLMConfig, mesh: Mesh, rules: ShardingRules = FSDP_TENSOR) -> "Layout":
+        """Layout of the model `cfg` on `mesh`; raises ShardingError where it does not fit."""
+        return cls(mesh, rules, param_shardings(cfg, mesh, rules))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A copy on every device."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def batch_shards(self) -> int:
+        """Number of parts a batch's rows are split into."""
+        sizes = [self.mesh.shape[axis] for axis in self.rules.activation["batch"]]
+        result = 1
+        for size in sizes:
+            result *= size
+        return result
+
+    def micro_batches(self) -> NamedSharding:
+        """Sharding of stacked micro-batches [G, B, ...]: rows over the batch axes."""
+        return NamedSharding(self.mesh, P(None, self.rules.activation["batch"]))
+
+    def nested(self, params: Params) -> Params:
+        """The shardings of the parameters in `params`, in the same nesting."""
+        return unflatten({path: self.params[path] for path in flatten(params)})
+
+
+def random_params(cfg: SpeechLMConfig, layout: Layout, seed: int) -> Params:
+    """Random f32 parameters, created in their shards; the same values on every mesh."""
+    shardings = unflatten({path: layout.params[path] for path in abstract_params(cfg)})
+    init = jax.jit(lambda key: init_params(cfg, key), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def split_params(
+    params: Params, scales: dict[str, float | None], frozen_dtype: Any
+) -> tuple[Params, Params]:
+    """(trainable f32 masters, frozen in `frozen_dtype`) by learning-rate scale."""
+    trainable, frozen = split(params, lambda path: scales[path] is not None)
+    return (
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable),
+        jax.tree.map(lambda leaf: leaf.astype(frozen_dtype), frozen),
+    )
+
+
+def create_state(
+    trainable: Params, optimizer: optax.GradientTransformationExtraArgs, layout: Layout
+) -> TrainState:
+    """Step 0 with fresh optimizer state, moments sharded like their parameters."""
+    shardings = state_shardings(trainable, optimizer, layout)
+    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
+    return TrainState(step, trainable, init(trainable))
+
+
+def state_shardings(
+    trainable: Params, optimizer: optax.GradientTransformationExtraArgs, layout: Layout
+) -> TrainState:
+    """Sharding of every leaf of the state, in the state's own structure."""
+    params = layout.nested(trainable)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        params,
+        transform_non_params=lambda _: layout.replicated,
+    )
+    return TrainState(layout.replicated, params, opt_state)

@@ -1,0 +1,114 @@
+"""One optimizer step: gradients with respect to the trainable tree only, over micro-batches."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.functional import Params, bind, merge
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.sharding.rules import use_rules
+from llaso_jax.training.optimizer import global_norm
+from llaso_jax.training.state import Layout, TrainState, state_shardings
+
+Batch = dict[str, Any]
+
+
+class StepMetrics(NamedTuple):
+    """Results of one step; stays on the device until it is read.
+
+    loss: mean cross-entropy of the supervised tokens of all micro-batches (nats).
+    grad_norm: global gradient norm before clipping.
+    answers: supervised tokens.
+    row_losses: f32[G, B] summed loss of each row: tells which rows a non-finite loss came from.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    answers: jax.Array
+    row_losses: jax.Array
+
+
+TrainStep = Callable[[TrainState, Params, Batch, Any], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(
+    cfg: SpeechLMConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    trainable: Params,
+    layout: Layout,
+) -> TrainStep:
+    """The jitted step `(state, frozen, batch, learning_rate) -> (state, metrics)`; state is donated.
+
+    batch holds micro-batches of the batch contract, leaves [G, B, ...] (see `place_batch`). The loss is
+    the sum over supervised tokens divided by their number in all G micro-batches on all devices, so
+    it does not depend on how the batch is split.
+    """
+
+    def summed_loss(trained: Params, frozen: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
+        rows = bind(cfg, merge(trained, frozen), compute).row_losses(micro)
+        return rows.sum(), rows
+
+    gradient = jax.value_and_grad(summed_loss, has_aux=True)
+    shardings = state_shardings(trainable, optimizer, layout)
+
+    def step(
+        state: TrainState, frozen: Params, batch: Batch, learning_rate: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        def accumulate(carry, micro: Batch):
+            grads, total = carry
+            (loss, rows), more = gradient(state.trainable, frozen, micro)
+            # Reduce-scattered into the storage layout: no device ever holds a whole gradient tree.
+            more = jax.lax.with_sharding_constraint(more, shardings.trainable)
+            return (jax.tree.map(jnp.add, grads, more), total + loss), rows
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        with use_rules(layout.mesh, layout.rules):
+            start = (zeros, jnp.zeros(()))
+            # XLA:CPU runs the layer scans inside another loop six times slower (1.2 s -> 7.4 s a step).
+            unroll = layout.mesh.devices.flat[0].platform == "cpu"
+            (grads, total), rows = jax.lax.scan(accumulate, start, batch, unroll=unroll)
+        answers = (batch["answer_index"] >= 0).sum()
+        count = jnp.maximum(answers, 1).astype(jnp.float32)
+        grads = jax.tree.map(lambda grad: grad / count, grads)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.trainable, learning_rate=learning_rate
+        )
+        trained = optax.apply_updates(state.trainable, updates)
+        metrics = StepMetrics(total / count, global_norm(grads), answers, rows)
+        return TrainState(state.step + 1, cast(Params, trained), opt_state), metrics
+
+    return jax.jit(
+        step,
+        out_shardings=(shardings, layout.replicated),
+        donate_argnums=(0,),
+    )
+
+
+def make_loss(cfg: SpeechLMConfig, compute: ComputeConfig, layout: Layout) -> Callable:
+    """Jitted `(params, batch) -> (summed loss, supervised tokens)` of one batch [B, ...], for validation."""
+
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with use_rules(layout.mesh, layout.rules):
+            return bind(cfg, params, compute).loss_sum(batch), (batch["answer_index"] >= 0).sum()
+
+    return jax.jit(loss, out_shardings=layout.replicated)
+
+
+def place_batch(arrays: dict[str, np.ndarray], accumulation: int, layout: Layout) -> Batch:
+    """Host batch [G*B, ...] -> device micro-batches [G, B, ...], rows split over the mesh.
+
+    Rows are dealt out to micro-batches in order, so one process sees the same batch on every mesh.
+    """
+    sharding = layout.micro_batches()
+    return {
+        name: jax.device_put(
+            array.reshape(accumulation, array.shape[0] // accumulation, *array.shape[1:]), sharding
+        )
+        for name, array in arrays.items()
+    }
