@@ -14,9 +14,12 @@ from llaso_jax.errors import ConfigError
 from llaso_jax.inference import decoding
 from llaso_jax.inference.decoding import Generated, generate_tokens, place_params
 from llaso_jax.inference.prompts import bucket
-from llaso_jax.inference.sampling import GenerationConfig
+from llaso_jax.inference.sampling import GenerationConfig, Knobs, Method
+from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import bind, init_params
+from llaso_jax.modeling.llama import KVCache
 from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.sharding.rules import FSDP_TENSOR
 
 CFG = tiny_config(text={"num_hidden_layers": 1}, audio={"encoder_layers": 1})
 TEXT = [[list(range(1, 10))], [[11, 12, 13, 14]], [[21, 22]]]
@@ -168,6 +171,34 @@ def test_same_shapes_compile_once(monkeypatch):
     run(TEXT[::-1], max_new_tokens=9, temperature=0.9, eos_token_id=5, seed=4)
     run([[list(range(20))], *TEXT[:2]], max_new_tokens=60, temperature=0.1, eos_token_id=6)
     assert len(traced) == first
+
+
+@pytest.mark.slow
+def test_the_cache_is_one_buffer_updated_in_place():
+    cfg = tiny_config(text={"num_hidden_layers": 4, "hidden_size": 256})
+    B, T, N, V = 4, 1024, 64, 48
+    of = jax.ShapeDtypeStruct
+    kv = of((4, B, T, 2, 64), jnp.float32)
+    progress = decoding.Progress(
+        tokens=of((B, N), jnp.int32),
+        lengths=of((B,), jnp.int32),
+        ended=of((B,), jnp.bool),
+        step=of((), jnp.int32),
+        logits=of((B, V), jnp.float32),
+        cache=KVCache(kv, kv, of((B,), jnp.int32)),
+    )
+    f32, i32, u32 = (of((), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
+    knobs = Knobs(f32, f32, u32, of((B,), jnp.uint32))
+    ends = decoding.Ends(of((8,), jnp.int32), i32)
+    programs = decoding._programs(cfg, ComputeConfig(), None, decoding._ByIdentity(FSDP_TENSOR))
+    tree = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    lowered = programs.decode.lower(
+        tree, progress, i32, knobs, ends, method=Method.of(GenerationConfig())
+    )
+    memory = lowered.compile().memory_analysis()
+    cache = 2 * kv.size * 4
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < 0.4 * cache  # one layer's keys and values at a time
 
 
 def test_bucket_sizes_are_few_and_tight():
