@@ -242,8 +242,8 @@ def abstract_batch(data: DataConfig, accumulation: int) -> dict[str, jax.ShapeDt
     wide, answers = (g, b, data.sequence_length), (g, b, data.answers_per_row)
     assert projected_frames(CHUNK_MEL_FRAMES) == 1500
     bins = BASE.audio.num_mel_bins
-    batch = {name: wide for name in ("tokens", "audio_slot", "positions", "segment_ids")}
-    batch |= {name: answers for name in ("answer_index", "answer_token")}
+    batch = dict.fromkeys(("tokens", "audio_slot", "positions", "segment_ids"), wide)
+    batch |= dict.fromkeys(("answer_index", "answer_token"), answers)
     ints = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in batch.items()}
     return {
         **ints,
