@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -87,26 +88,20 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(text: str):
 
 def test_fsdp_gathers_weights_and_reduces_gradients():
     _, _, hlo = compiled("8x1")
-    assert "all-gather" in hlo
-    assert "reduce-scatter" in hlo or "all-reduce" in hlo
+    assert re.search(r" all-gather(-start)?\(", hlo)
+    assert re.search(r" (reduce-scatter|all-reduce)(-start)?\(", hlo)
     assert "all-gather" not in compiled("1x1")[2]
 
 
-def test_fsdp_never_gathers_the_stacked_layers_whole():
-    """Each layer is gathered inside the scan: no all-gather yields an array of all layers."""
-    layers = CFG.text.num_hidden_layers
-    assert layers == CFG.audio.encoder_layers
-    weights = {
-        tuple(info.shape)
-        for path, info in abstract_params(CFG).items()
-        if "/layers/" in path and len(info.shape) > 2
-    }
+def test_fsdp_gathers_one_layer_at_a_time():
+    """Inside the scan: never an array of all layers, always one of each layer's matrices."""
     _, _, hlo = compiled("8x1")
-    gathers = [line for line in hlo.splitlines() if " all-gather" in line]
-    assert gathers
-    for shape in weights:
-        text = "f32[" + ",".join(map(str, shape)) + "]"
-        assert not [line for line in gathers if text in line.split(" all-gather")[0]], text
+    gathered = set(re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", hlo))
+    for path, info in abstract_params(CFG).items():
+        if "/layers/" in path and "embed" in info.logical_axes:
+            assert ",".join(map(str, info.shape)) not in gathered, path
+            one = ",".join(map(str, info.shape[1:]))
+            assert {one, f"1,{one}"} & gathered, (path, gathered)
 
 
 def test_tensor_parallel_splits_attention_over_heads():
