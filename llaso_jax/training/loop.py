@@ -25,6 +25,7 @@ from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import SampleLoader
 from llaso_jax.data.tokenizer import eos_token_ids
 from llaso_jax.errors import InterruptedRunError, NonFiniteLossError
+from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.flops import train_flops
 from llaso_jax.modeling.functional import Params, abstract_params, merge
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
@@ -35,7 +36,7 @@ from llaso_jax.training.optimizer import learning_rate_at, learning_rate_scales,
 from llaso_jax.training.report import StepBar
 from llaso_jax.training.state import Layout, TrainState, create_state, split_params
 from llaso_jax.training.step import StepMetrics, make_train_step, place_batch
-from llaso_jax.training.validation import Report, Validator, audio_layout
+from llaso_jax.training.validation import Report, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class StageRun:
                 data,
                 split="train",
                 tokenizer=place.tokenizer,
-                layout=audio_layout(place.model),
+                layout=layout_of(place.model),
                 prompt=place.prompt,
                 quarantine_file=place.output / f"quarantine_{stage.name}.jsonl",
             )
@@ -211,7 +212,7 @@ class StageRun:
         loader = SampleLoader(
             self.place.tokenizer,
             prompt=self.place.prompt,
-            layout=audio_layout(self.place.model),
+            layout=layout_of(self.place.model),
             max_audio_seconds=data.max_audio_seconds,
             audio_policy=data.audio_policy,
         )

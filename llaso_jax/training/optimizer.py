@@ -5,6 +5,7 @@ be covered and every rule must match something. Frozen parameters have no gradie
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -130,18 +131,34 @@ def make_optimizer(
     """The update rule on the trainable tree: clip, Adam, decay, times -learning_rate.
 
     `update(grads, state, params, learning_rate=f32[])` takes the learning rate from the caller, which
-    derives it from the position in the data.
+    derives it from the position in the data. Stages that differ in schedule only get the same object.
     """
-    adam = optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay, mask=_decayed),
+    return _update_rule(
+        cfg.b1, cfg.b2, cfg.eps, cfg.weight_decay, cfg.clip_norm, tuple(sorted(scales.items()))
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _update_rule(
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    scales: tuple[tuple[str, float | None], ...],
+) -> optax.GradientTransformationExtraArgs:
+    adam = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=_decayed),
+    )
+    factor_of = dict(scales)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         learning_rate = extra["learning_rate"]
         directions, state = adam.update(updates, state, params)
-        factors = unflatten({path: scales[path] for path in flatten(cast(Params, directions))})
+        paths = flatten(cast(Params, directions))
+        factors = unflatten({path: factor_of[path] for path in paths})
         return jax.tree.map(lambda d, f: -learning_rate * f * d, directions, factors), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)

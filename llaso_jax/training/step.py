@@ -1,5 +1,6 @@
 """One optimizer step: gradients with respect to the trainable tree only, over micro-batches."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +10,14 @@ import numpy as np
 import optax
 
 from llaso_jax.modeling.compute import ComputeConfig
-from llaso_jax.modeling.functional import Params, bind, merge
+from llaso_jax.modeling.functional import (
+    Params,
+    abstract_params,
+    bind,
+    flatten,
+    merge,
+    unflatten,
+)
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.rules import use_rules
 from llaso_jax.training.optimizer import global_norm
@@ -47,8 +55,24 @@ def make_train_step(
 
     batch holds micro-batches of the batch contract, leaves [G, B, ...] (see `place_batch`). The loss is
     the sum over supervised tokens divided by their number in all G micro-batches on all devices, so
-    it does not depend on how the batch is split.
+    it does not depend on how the batch is split. Stages that train the same parameters with
+    the same optimizer share one step and its compiled programs.
     """
+    return _train_step(cfg, compute, optimizer, tuple(flatten(trainable)), layout)
+
+
+@functools.lru_cache(maxsize=4)
+def _train_step(
+    cfg: SpeechLMConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    paths: tuple[str, ...],
+    layout: Layout,
+) -> TrainStep:
+    infos = abstract_params(cfg)
+    trainable = unflatten(
+        {path: jax.ShapeDtypeStruct(infos[path].shape, jnp.float32) for path in paths}
+    )
 
     def summed_loss(trained: Params, frozen: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
         rows = bind(cfg, merge(trained, frozen), compute).row_losses(micro)
@@ -90,6 +114,7 @@ def make_train_step(
     )
 
 
+@functools.lru_cache(maxsize=4)
 def make_loss(cfg: SpeechLMConfig, compute: ComputeConfig, layout: Layout) -> Callable:
     """Jitted `(params, batch) -> (summed loss, supervised tokens)` of one batch [B, ...], for validation."""
 

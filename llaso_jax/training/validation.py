@@ -7,12 +7,13 @@ from typing import Any
 import jax
 
 from llaso_jax.data.batch import make_batch
-from llaso_jax.data.config import AudioLayout, DataConfig
+from llaso_jax.data.config import DataConfig
 from llaso_jax.data.packing import BatchShape, first_fit
 from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import Sample, SampleLoader
 from llaso_jax.evaluation.metrics import accuracy, word_error_rate
 from llaso_jax.inference.batched import generate_samples
+from llaso_jax.inference.prompts import layout_of
 from llaso_jax.inference.sampling import GenerationConfig
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import Params
@@ -99,8 +100,7 @@ class Validator:
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=loader.pad_id
         )
         self._batch_rows = batch_rows
-        audio = audio_layout(cfg)
-        self._shape = BatchShape.of(data, audio, pad_id=loader.pad_id)
+        self._shape = BatchShape.of(data, layout_of(cfg), pad_id=loader.pad_id)
         self._loss = make_loss(cfg, compute, layout)
 
     def __call__(self, params: Params) -> Report:
@@ -164,13 +164,6 @@ class Validator:
             done = {id(same[i]) for i in placed}
             pending = [sample for sample in pending if id(sample) not in done]
         return total / max(tokens, 1)
-
-
-def audio_layout(cfg: SpeechLMConfig) -> AudioLayout:
-    """What the data pipeline needs to know of a model."""
-    return AudioLayout(
-        mode=cfg.audio_mode, stack=cfg.projector.stack, mel_bins=cfg.audio.num_mel_bins
-    )
 
 
 def _held_out(record: Any, loader: SampleLoader) -> HeldOut:
