@@ -13,6 +13,9 @@ Json = dict[str, Any]
 # What transformers assumes where a config.json says nothing. Ours are LLaSO-Base's instead.
 _WHISPER_DEFAULTS = {"max_source_positions": 1500, "init_std": 0.02}
 _LLAMA_DEFAULTS: Json = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_INIT_STD = (
+    0.02  # transformers cannot express "by fan-in" (None here); it only matters for new weights
+)
 _ROPE_THETA = 10_000.0
 _MAX_POSITIONS = 131_072  # Llama 3.2's; only informative, RoPE has no table
 
@@ -74,7 +77,7 @@ def whisper_to_hf(cfg: WhisperConfig) -> Json:
         "encoder_attention_heads": cfg.encoder_attention_heads,
         "encoder_ffn_dim": cfg.encoder_ffn_dim,
         "max_source_positions": cfg.max_source_positions,
-        "init_std": cfg.init_std,
+        "init_std": cfg.init_std or _INIT_STD,
         "scale_embedding": False,
     }
 
@@ -198,7 +201,7 @@ def llama_to_hf(cfg: LlamaConfig, *, dtype: str, source: Mapping[str, Any]) -> J
         "attention_bias": False,
         "mlp_bias": False,
         "rms_norm_eps": cfg.rms_norm_eps,
-        "initializer_range": cfg.initializer_range,
+        "initializer_range": cfg.initializer_range or _INIT_STD,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "rope_theta": cfg.rope_theta,
         "rope_scaling": scaling

@@ -10,6 +10,7 @@ from llaso_jax.conversion.errors import ConfigMismatchError
 from llaso_jax.conversion.llaso_config import ours_of
 from llaso_jax.conversion.projector_part import projector_part
 from llaso_jax.conversion.sources import Record, Sources
+from llaso_jax.conversion.tables import PARTS
 from llaso_jax.conversion.text_part import text_part
 from llaso_jax.conversion.tower_part import tower_part
 from llaso_jax.conversion.vocabulary import GrownRows
@@ -82,23 +83,23 @@ def gather_weights(
     cfg = SpeechLMConfig()
     pieces: Pieces = {}
     parts = []
-    tower = tower_part(sources, record)
-    if tower is not None:
-        cfg = dataclasses.replace(cfg, audio=tower[0])
-        pieces |= tower[1]
-        parts.append("audio_tower")
     text = text_part(sources, record)
     if text is not None:
         cfg = dataclasses.replace(cfg, text=text[0])
         pieces |= text[1]
         parts.append("language_model")
+    tower = tower_part(sources, record)
+    if tower is not None:
+        cfg = dataclasses.replace(cfg, audio=tower[0])
+        pieces |= tower[1]
+        parts.append("audio_tower")
     if len(parts) == 2:
         projector, found = projector_part(
             sources, record, cfg, projector_type=projector_type, stack=stack, seed=seed
         )
         cfg = dataclasses.replace(cfg, projector=projector)
         pieces |= found
-        parts.insert(1, "projector")
+        parts.append("projector")
     elif sources.projector is not None:
         raise ConfigMismatchError(
             f"{sources.projector.path} is a projector, but only one of its two sides was given: give a "
@@ -114,7 +115,7 @@ def gather_weights(
             raise ConfigMismatchError(str(error)) from error
     weights = Weights(
         cfg=cfg,
-        parts=tuple(parts),
+        parts=tuple(part for part in PARTS if part in parts),
         pieces=pieces,
         hf_config=hf_config,
         ignored=tuple(sorted(set(record.ignored))),
