@@ -83,6 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     except InterruptedRunError as error:
         console.print(f"[yellow]stopped[/]: {error}", highlight=False)
         return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        console.print(
+            "[yellow]stopped[/]: run the same command again to continue from the last save."
+        )
+        return EXIT_INTERRUPTED
     except (LlasoError, ShardingError) as error:
         console.print("[red]error[/]:", end=" ")
         console.print(str(error), markup=False, highlight=False)

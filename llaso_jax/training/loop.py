@@ -114,8 +114,8 @@ class StageRun:
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def run(self) -> StageResult:
-        """Train to the end of the stage.
+    def run(self, *, final: bool = True) -> StageResult:
+        """Train to the end of the stage; `final`: no stage follows.
 
         Raises:
           NonFiniteLossError: naming the step and its samples; nothing is saved after it.
@@ -124,13 +124,14 @@ class StageRun:
         """
         folder = self.place.output / "checkpoints" / self.stage.name
         with StageCheckpoints(folder, self.place.checkpoint) as checkpoints:
-            finished = self._resume(checkpoints)
+            resumed_at = self._resume(checkpoints)
             validate = self._validator()
-            if not finished:
-                if validate is not None and self.step == 0 and self.before is None:
-                    self.before = self._validate(validate)
-                self._train(checkpoints, validate)
-            after = self._validate(validate) if validate is not None else None
+            if validate is not None and self.step == 0 and self.before is None:
+                self.before = self._validate(validate)
+            self._train(checkpoints, validate)
+            # A stage that was already complete is scored again only if nothing follows it.
+            scored = validate is not None and (final or self.step != resumed_at)
+            after = self._validate(validate) if validate is not None and scored else None
         self.batches.close()
         return StageResult(self.params(), self.before, after)
 
@@ -159,7 +160,7 @@ class StageRun:
                 pending = self._report(pending, bar, _Dispatched(self.step, metrics, batch, rate))
                 if stop.requested or self.step % self.place.checkpoint.every_steps == 0:
                     pending = self._report(pending, bar)
-                    self._save(checkpoints, finished=False)
+                    self._save(checkpoints)
                 if stop.requested:
                     checkpoints.wait()
                     raise InterruptedRunError(
@@ -170,7 +171,7 @@ class StageRun:
                     pending = self._report(pending, bar)
                     self._validate(validate)
             self._report(pending, bar)
-        self._save(checkpoints, finished=True)
+        self._save(checkpoints)
 
     # --- parts ----------------------------------------------------------------------------------
 
@@ -184,26 +185,25 @@ class StageRun:
             return self.step / self.stage.max_steps
         return self.samples / self.total_samples
 
-    def _save(self, checkpoints: StageCheckpoints, *, finished: bool) -> None:
+    def _save(self, checkpoints: StageCheckpoints) -> None:
         progress = {
-            "finished": finished,
             "samples": self.samples,
             "data": self.batches.get_state(),
             "before": None if self.before is None else dataclasses.asdict(self.before),
         }
         checkpoints.save(self.state, progress, step=self.step)
 
-    def _resume(self, checkpoints: StageCheckpoints) -> bool:
-        """Continue from the newest checkpoint, if there is one; whether the stage is already done."""
+    def _resume(self, checkpoints: StageCheckpoints) -> int | None:
+        """Continue from the newest checkpoint; its step, or None if there is none."""
         newest = checkpoints.latest_step()
         if newest is None:
-            return False
+            return None
         self.state, progress = checkpoints.restore(self.state, newest)
         self.step, self.samples = newest, progress["samples"]
         self.batches.set_state(progress["data"])
         self.before = Report.from_dict(progress["before"]) if progress["before"] else None
         logger.info("stage %s continues from step %d", self.stage.name, newest)
-        return progress["finished"]
+        return newest
 
     def _validator(self) -> Validator | None:
         data, cfg = self.data, self.stage.evaluation

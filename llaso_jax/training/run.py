@@ -115,7 +115,7 @@ def train(
             same_data = index > 0 and stage.data.eval_json == cfg.stages[index - 1].data.eval_json
             run = StageRun(place, stage, params, before=last if same_data else None)
             del params  # the run holds them: a second copy would double memory
-            result = run.run()
+            result = run.run(final=index == len(cfg.stages) - 1)
             params = result.params
             first = first or result.before
             last = result.after or last
