@@ -20,10 +20,13 @@ class ProjectorConfig:
     Attributes:
       type: `linear`, or `mlpNx_gelu`: N linear layers with exact GELU between them.
       stack: k consecutive frames concatenated before the first layer (k = 1: one LLM position per 20 ms).
+      init_gain: factor on the random weights. At 1 they are torch.nn.Linear's, as in LLaSO, whose layers
+        shrink a signal to 0.58 of its size each; sqrt(3) keeps it.
     """
 
     type: str = "mlp2x_gelu"
     stack: int = 1
+    init_gain: float = 1.0
 
     def __post_init__(self) -> None:
         if self.type != "linear" and re.fullmatch(r"mlp[1-9]\d*x_gelu", self.type) is None:
@@ -53,8 +56,8 @@ class Projector(nnx.Module):
     def __init__(self, cfg: ProjectorConfig, dim_in: int, dim_out: int, *, rngs: nnx.Rngs) -> None:
         width = dim_in * cfg.stack
         for i in range(cfg.num_layers):
-            # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch.nn.Linear's initialisation of weight and bias.
-            uniform = _symmetric_uniform(width**-0.5)
+            # gain * U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch.nn.Linear's initialisation of weight and bias.
+            uniform = _symmetric_uniform(cfg.init_gain * width**-0.5)
             layer = Linear(
                 (width,),
                 (dim_out,),

@@ -43,7 +43,11 @@ CHANGES: dict[type, dict[str, tuple[Any, str]]] = {
         "init_std": (0.5, "initial values"),
         "conv_gain": (3.0, "initial values"),
     },
-    ProjectorConfig: {"type": ("mlp3x_gelu", "shapes"), "stack": (2, "shapes")},
+    ProjectorConfig: {
+        "type": ("mlp3x_gelu", "shapes"),
+        "stack": (2, "shapes"),
+        "init_gain": (2.0, "initial values"),
+    },
     LlamaConfig: {
         "vocab_size": (49, "shapes"),
         "hidden_size": (40, "shapes"),
