@@ -46,7 +46,8 @@ def run(*arguments):
 
 
 def test_there_and_back(root, capsys):
-    assert run("from-hf", root / "model", "-o", root / "m", "--mesh", "4x2") == 0
+    two = ("--vocab-multiple-of", "2")
+    assert run("from-hf", root / "model", "-o", root / "m", "--mesh", "4x2", *two) == 0
     assert "parameters, float32" in capsys.readouterr().err
     out = ("-o", root / "hf", "--llama", root / "l", "--whisper", root / "w")
     assert run("to-hf", root / "m", *out, "--mesh", "4x2", "--max-shard-size", "0.1MB") == 0
@@ -81,7 +82,9 @@ def test_whisper_and_llama_with_a_tokenizer(root):
     assert run("to-hf", root / "m", "-o", root / "hf") == 0
     state = read_state(root / "hf")
     assert state["model.embed_tokens.weight"].shape[0] == VOCAB + 5
-    assert AutoTokenizer.from_pretrained(root / "hf").get_vocab() == tokenizer.get_vocab()
+    assert (root / "hf" / "tokenizer.json").read_text() == (
+        root / "m" / "tokenizer.json"
+    ).read_text()
     assert torch.load(root / "hf" / "mm_audio_aligner.bin", weights_only=True).keys() < state.keys()
     # What came out goes in again, its tokenizer copied as it is.
     assert run("from-hf", root / "hf", "-o", root / "again") == 0

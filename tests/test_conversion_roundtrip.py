@@ -76,8 +76,8 @@ def test_upstream_checkpoint_comes_back_bit_equal(name, tmp_path):
 def test_every_format_comes_back_bit_equal(dtype, weights, shards, tmp_path):
     reference = TorchSpeechLM(projector="mlp3x_gelu", tied=shards == 1)
     folder = reference.save(tmp_path / "in", weights=weights, shards=shards, dtype=dtype)
-    out = round_trip(folder, tmp_path, max_shard_bytes=100_000)
-    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    out = round_trip(folder, tmp_path, max_shard_bytes=50_000)
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
     assert_bit_equal(read_state(out), reference.state(dtype=dtype))
     written = json.loads((out / "config.json").read_text())
     assert written["torch_dtype"] == str(dtype).removeprefix("torch.")

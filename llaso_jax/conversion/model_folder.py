@@ -102,7 +102,6 @@ def save_model(
             config = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "model_type": FORMAT,
                 "parts": list(parts),
                 "model": dataclasses.asdict(cfg),
                 "hf_config": dict(hf_config or {}),

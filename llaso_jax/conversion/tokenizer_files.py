@@ -46,7 +46,7 @@ def fit_tokenizer(
     is_llaso = weights.hf_config.get("model_type") == "llava_llama"
     copy_files(weights.folder, folder, (GENERATION_CONFIG,))
     source = Path(tokenizer_from) if tokenizer_from is not None else weights.folder
-    tokenizer = _load(weights, source, chosen=tokenizer_from is not None)
+    tokenizer = _load(weights, source, folder, chosen=tokenizer_from is not None)
     if tokenizer is None:
         logger.warning(
             "no tokenizer beside %s: embeddings keep their %d rows, and the model folder needs one "
@@ -57,9 +57,7 @@ def fit_tokenizer(
         return grow_vocabulary(weights, 0, multiple_of=multiple_of)
     if is_llaso:
         _check(weights, tokenizer, source)
-    if is_llaso and source is not None and source.is_dir():
-        copy_files(source, folder, TOKENIZER_FILES)
-    else:
+    if not (is_llaso and any((folder / name).is_file() for name in _LOADABLE)):
         tokenizer.save_pretrained(folder)
     weights = grow_vocabulary(weights, len(tokenizer), multiple_of=multiple_of)
     ids = {
@@ -75,9 +73,15 @@ def fit_tokenizer(
 
 
 def _load(
-    weights: Weights, source: Path | None, *, chosen: bool
+    weights: Weights, source: Path | None, folder: Path, *, chosen: bool
 ) -> "PreTrainedTokenizerFast | None":
-    if source is not None and (chosen or any((source / name).is_file() for name in _LOADABLE)):
+    """The tokenizer, with LLaSO's tokens added; files it is made of are in `folder` afterwards."""
+    if source is not None and source.is_dir():
+        # transformers would also read a config.json beside them, and fails on LLaSO's model type.
+        copy_files(source, folder, TOKENIZER_FILES)
+        if any((folder / name).is_file() for name in _LOADABLE):
+            return load_tokenizer(folder)
+    if source is not None and chosen:
         return load_tokenizer(source)
     if weights.source is None or not weights.source.exists():
         return None
