@@ -1,0 +1,248 @@
+"""A recipe small enough to train in seconds: a two-layer model, the byte tokenizer, a corpus of tones."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import soundfile as sf
+import yaml
+from data_corpus import PROMPT, ask, byte_tokenizer
+from reference import random_params
+from rich.console import Console
+
+from llaso_jax.config import RunConfig, parse_config, to_tree
+from llaso_jax.data.batch import Batch
+from llaso_jax.data.pipeline import make_pipeline
+from llaso_jax.inference.prompts import layout_of
+from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.functional import Params, abstract_params, flatten, unflatten
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.training.optimizer import (
+    OptimizerConfig,
+    ParameterRule,
+    learning_rate_scales,
+    make_optimizer,
+)
+from llaso_jax.training.run import RunResult, train
+from llaso_jax.training.state import Layout, TrainState, create_state, split_params
+from llaso_jax.training.step import StepMetrics, TrainStep, make_train_step, place_batch
+
+EVERYTHING = ({"pattern": ".*"},)
+PROJECTOR = (
+    {"pattern": "projector/.*"},
+    {"pattern": ".*", "learning_rate_scale": None},
+)
+PROJECTOR_AND_DECODER = (
+    {"pattern": "(projector|language_model)/.*"},
+    {"pattern": "audio_tower/.*", "learning_rate_scale": None},
+)
+HELD_OUT = 7
+# Every axis that is split divides by 8 (fsdp) and by 4 (tensor).
+MODEL = {
+    "audio_mode": "true_length",
+    "audio": {
+        "num_mel_bins": 8,
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 32,
+        "max_source_positions": 25,
+        "init_std": None,
+    },
+    "projector": {"type": "mlp2x_gelu", "stack": 5},
+    "text": {
+        "vocab_size": 264,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "initializer_range": None,
+    },
+}
+
+
+def write_inputs(folder: Path, *, samples: int = 40) -> None:
+    """A tokenizer, a corpus and a held-out file under `folder`: `samples` short tones, one sample each."""
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    rng = np.random.default_rng(0)
+    entries = []
+    for i in range(samples):
+        wave = np.sin(np.arange(rng.integers(1600, 7200)) * (0.05 + 0.01 * i))
+        sf.write(corpus / f"{i}.wav", 0.5 * wave, 16_000)
+        answer = "abcdefghijkl"[: 1 + i % 12]
+        entries.append(ask("Say<audio>", answer, [f"{i}.wav"], id=f"s{i}"))
+    (corpus / "train.json").write_text(json.dumps(entries))
+    metadata = (
+        {"task": "ASR", "metric": "wer"},
+        {"task": "EE", "metric": "accuracy", "labels": ["red", "green", "blue", "grey"]},
+        {"task": "SGC", "metric": "accuracy", "labels": ["male", "female"]},
+    )
+    held_out = [
+        {**entry, "id": f"held-{i}", "metadata": metadata[i % 3]}
+        for i, entry in enumerate(entries[:HELD_OUT])
+    ]
+    (corpus / "eval.json").write_text(json.dumps(held_out))
+
+
+def recipe(folder: Path, *, stages: tuple[dict[str, Any], ...] = ({},), **changes: Any) -> dict:
+    """The recipe as a tree; `stages` and their `data` change fields of a small default stage."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "tokenizer": str(folder / "tokenizer"),
+        "model": MODEL,
+        "prompt": dataclasses.asdict(PROMPT),
+        "checkpoint": {"every_steps": 1000, "keep_latest": 100, "export_hf": False},
+        "logging": {"every_steps": 1, "tensorboard": False},
+        **changes,
+    }
+    tree["stages"] = []
+    for number, stage in enumerate(stages):
+        data = {
+            "train_json": [str(folder / "corpus" / "train.json")],
+            "sequence_length": 112,
+            "rows": 8,
+            "chunks_per_row": 2,
+            "answers_per_row": 24,
+            "mel_buckets": [50],
+            "epochs": None,
+            "window": 20,
+            "num_threads": 2,
+            **stage.get("data", {}),
+        }
+        defaults = {
+            "name": ("align", "instruct", "third")[number],
+            "parameters": list(EVERYTHING),
+            "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.01},
+            "max_steps": 4,
+        }
+        tree["stages"].append({**defaults, **stage, "data": data})
+    return tree
+
+
+def write_recipe(folder: Path, tree: dict, name: str = "tiny.yaml") -> Path:
+    """The recipe as a file."""
+    path = folder / name
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(tree: dict, output: Path, *, mesh: str = "1x1", **options: Any) -> RunResult:
+    """Train the recipe without drawing on the terminal."""
+    cfg = parse_config(RunConfig, json.loads(json.dumps(tree)))
+    return train(cfg, mesh=mesh, output=output, console=Console(quiet=True), **options)
+
+
+def records(output: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl of one kind, in the order of writing."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+def losses(output: Path) -> dict[tuple[str, int], float]:
+    """Training loss by stage and step, the newest where a step was done twice."""
+    return {(r["stage"], r["step"]): r["loss"] for r in records(output)}
+
+
+@contextmanager
+def compilation_cache(folder: Path) -> Iterator[None]:
+    """Compile a program once, however many runs of it there are."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.read(name) for name in settings}
+    _configure(settings)
+    try:
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
+
+
+def read_batches(cfg: RunConfig, count: int) -> list[Batch]:
+    """The first batches of a recipe's first stage, through the real pipeline."""
+    assert cfg.model is not None
+    stage = cfg.stages[0]
+    pipeline = make_pipeline(
+        stage.data,
+        split="train",
+        tokenizer=byte_tokenizer(),
+        layout=layout_of(cfg.model),
+        prompt=cfg.prompt,
+    )
+    iterator = iter(pipeline)
+    batches = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return batches
+
+
+@dataclasses.dataclass
+class Trainer:
+    """The training step of a model on a mesh, with the state it has come to."""
+
+    state: TrainState
+    frozen: Params
+    step: TrainStep
+    layout: Layout
+    accumulation: int
+
+    def __call__(self, arrays: dict[str, np.ndarray], learning_rate: float = 1e-2) -> StepMetrics:
+        """One step on a host batch."""
+        placed = place_batch(arrays, self.accumulation, self.layout)
+        self.state, metrics = self.step(self.state, self.frozen, placed, np.float32(learning_rate))
+        return metrics
+
+    def trained(self) -> dict[str, np.ndarray]:
+        """Trained parameters on the host, by path."""
+        return {path: np.asarray(leaf) for path, leaf in flatten(self.state.trainable).items()}
+
+
+def trainer(
+    model: SpeechLMConfig,
+    *,
+    mesh: str = "1x1",
+    rules: tuple = EVERYTHING,
+    accumulation: int = 1,
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.01),
+    frozen_dtype: str = "float32",
+    compute: ComputeConfig = ComputeConfig(),
+) -> Trainer:
+    """Everything `StageRun` puts together, without files."""
+    layout = Layout.of(model, make_mesh(mesh))
+    scales = learning_rate_scales(
+        abstract_params(model), tuple(ParameterRule(**rule) for rule in rules)
+    )
+    start = jax.device_put(
+        random_params(unflatten(abstract_params(model))), unflatten(layout.params)
+    )
+    trainable, frozen = split_params(start, scales, frozen_dtype)
+    update = make_optimizer(optimizer, scales)
+    state = create_state(trainable, update, layout)
+    step = make_train_step(model, compute, update, trainable, layout)
+    return Trainer(state, frozen, step, layout, accumulation)
+
+
+def config(tree: dict) -> RunConfig:
+    """A recipe tree, validated."""
+    cfg = parse_config(RunConfig, json.loads(json.dumps(tree)))
+    assert to_tree(cfg)["name"] == tree["name"]
+    return cfg
