@@ -1,8 +1,11 @@
 """`llaso convert` from end to end, in this process."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from test_conversion_support import (
 )
 
 from llaso_jax.conversion import load_model, read_info
-from llaso_jax.convert import main
+from llaso_jax.convert import EXAMPLES, _parser, main
 
 TAGS = ("<unk>", "<Audio>", "</Audio>", "<audio_start>", "<audio_end>")
 
@@ -139,3 +142,20 @@ def test_help_has_examples_and_torch_is_never_imported(root):
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout
     assert "CTranslate2" in done.stdout
+
+
+def test_projector_file_between_a_whisper_and_a_llama(root):
+    sources = (root / "mm_audio_aligner.bin", root / "llama", root / "whisper")
+    assert run("from-hf", *sources, "-o", root / "m") == 0
+    _, params = load_model(root / "m")
+    want = TorchSpeechLM().projector[2].weight.detach().numpy()
+    np.testing.assert_array_equal(params["projector"]["linear_1"]["weight"], want)
+
+
+def test_documented_commands_are_understood():
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    commands = re.findall(r"llaso convert ((?:from|to)-hf [^`\n#]+)", page + EXAMPLES)
+    assert len(commands) > 12
+    for command in commands:
+        args = _parser().parse_args(shlex.split(command))
+        assert args.run.__name__ == command.split()[0].replace("-", "_")
