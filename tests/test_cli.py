@@ -117,7 +117,8 @@ class Mistake(NamedTuple):
 # The first mesh decides how many devices the process simulates.
 MISTAKES = {
     "rows do not split over the mesh": Mistake(
-        ["--mesh", "32x1"], ["16 rows per micro-batch", "32", "data.rows"]
+        ["--mesh", "32x1", "stages.0.data.rows=16"],
+        ["16 rows per micro-batch", "32", "data.rows"],
     ),
     "mesh that is no mesh": Mistake(["--mesh", "8 by 1"], ["'8 by 1'", "write 8x1"]),
     "mesh axis unknown": Mistake(["--mesh", "dada=2"], ["'dada'", "data, fsdp, tensor, context"]),

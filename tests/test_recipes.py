@@ -10,6 +10,7 @@ import pytest
 
 from llaso_jax.config import RECIPES, RunConfig, load_config, resolve_path
 from llaso_jax.data.config import DataConfig
+from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.frames import CHUNK_MEL_FRAMES, audio_slots, projected_frames
 from llaso_jax.modeling.functional import abstract_params, split, unflatten
@@ -18,7 +19,6 @@ from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.training.optimizer import OptimizerConfig, learning_rate_scales, make_optimizer
 from llaso_jax.training.state import Layout, TrainState, state_shardings
 from llaso_jax.training.step import make_train_step
-from llaso_jax.training.validation import audio_layout
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 LLASO_BASE = tuple(name for name in NAMES if name.startswith("llaso_base"))
@@ -70,7 +70,7 @@ def test_a_recipe_parses_and_is_named_like_its_file(name: str):
 def test_batches_of_a_recipe_suit_its_model(name: str):
     recipe = load_config(name)
     for stage in recipe.stages:
-        layout = audio_layout(model_of(recipe))
+        layout = layout_of(model_of(recipe))
         stage.data.check(layout, process_count=1)
         longest = audio_slots(stage.data.mel_buckets[-1], mode=layout.mode, stack=layout.stack)
         assert longest < stage.data.sequence_length, "not even one chunk of audio fits a row"
