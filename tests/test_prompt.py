@@ -167,6 +167,12 @@ def test_tokenizer_reloads_from_a_folder_and_from_a_file(chatml, tmp_path):
         load_tokenizer(tmp_path / "none")
 
 
+def test_tokenizer_loads_beside_the_configuration_of_a_llaso_checkpoint(chatml, tmp_path):
+    chatml.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava_llama", "rope_scaling": {}}')
+    assert len(load_tokenizer(tmp_path)) == len(chatml)
+
+
 def test_tokenizers_that_lack_what_the_format_needs_are_refused(chatml, llama3):
     check_tokenizer(llama3, PromptConfig())
     check_tokenizer(chatml, PromptConfig(chat_format="tokenizer"))

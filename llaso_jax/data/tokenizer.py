@@ -42,10 +42,11 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     path = Path(path)
     if path.is_file():
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    elif (path / "tokenizer.json").is_file():
+        # Not AutoTokenizer: it reads config.json first and fails on LLaSO's model_type.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     elif (path / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    elif (path / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
     else:
         raise ConfigError(
             f"no tokenizer at {path}: a folder with tokenizer.json, or that file, is needed; "
