@@ -1,6 +1,7 @@
 """A recipe small enough to train in seconds: a two-layer model, the byte tokenizer, a corpus of tones."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,18 +228,31 @@ def trainer(
     compute: ComputeConfig = ComputeConfig(),
 ) -> Trainer:
     """Everything `StageRun` puts together, without files."""
-    layout = Layout.of(model, make_mesh(mesh))
-    scales = learning_rate_scales(
-        abstract_params(model), tuple(ParameterRule(**rule) for rule in rules)
+    layout, scales, update, step = _program(
+        model, mesh, tuple(ParameterRule(**rule) for rule in rules), optimizer, compute
     )
     start = jax.device_put(
         random_params(unflatten(abstract_params(model))), unflatten(layout.params)
     )
     trainable, frozen = split_params(start, scales, frozen_dtype)
+    return Trainer(create_state(trainable, update, layout), frozen, step, layout, accumulation)
+
+
+@functools.cache
+def _program(
+    model: SpeechLMConfig,
+    mesh: str,
+    rules: tuple[ParameterRule, ...],
+    optimizer: OptimizerConfig,
+    compute: ComputeConfig,
+) -> tuple[Layout, dict[str, float | None], Any, TrainStep]:
+    """What is the same for all trainers of one kind: they share compiled steps."""
+    layout = Layout.of(model, make_mesh(mesh))
+    infos = abstract_params(model)
+    scales = learning_rate_scales(infos, rules)
     update = make_optimizer(optimizer, scales)
-    state = create_state(trainable, update, layout)
-    step = make_train_step(model, compute, update, trainable, layout)
-    return Trainer(state, frozen, step, layout, accumulation)
+    trainable = unflatten({p: infos[p] for p, scale in scales.items() if scale is not None})
+    return layout, scales, update, make_train_step(model, compute, update, trainable, layout)
 
 
 def config(tree: dict) -> RunConfig:
