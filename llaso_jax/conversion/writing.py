@@ -9,6 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from llaso_jax.conversion.errors import TargetExistsError
+from llaso_jax.data.prompt import PROMPT_FILE
 from llaso_jax.errors import ConversionError
 
 TOKENIZER_FILES = (
@@ -21,6 +22,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    PROMPT_FILE,
 )
 GENERATION_CONFIG = "generation_config.json"
 

@@ -22,6 +22,9 @@ from llaso_jax.errors import ConfigError, PromptError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PROMPT_FILE = "llaso_prompt.json"
+"""Beside a model's weights: the `PromptConfig` it was trained with."""
+
 AUDIO_PLACEHOLDER = "<audio>"
 AUDIO_ID = -300  # stands for one audio until its frames are spliced in
 IGNORED_LABEL = -100

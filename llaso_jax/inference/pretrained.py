@@ -16,12 +16,11 @@ from llaso_jax.conversion import (
     load_params,
     read_info,
 )
-from llaso_jax.data.prompt import PromptConfig
+from llaso_jax.data.prompt import PROMPT_FILE, PromptConfig
 from llaso_jax.errors import CheckpointError, ConfigError
 from llaso_jax.modeling.functional import Params, param_shardings
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
-PROMPT_FILE = "llaso_prompt.json"
 NEEDED = ("audio_tower", "projector", "language_model")
 
 
