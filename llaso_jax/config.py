@@ -280,7 +280,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for name in parents:
         node = _enter(node, name, key)
-    value = yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: its value is not valid YAML: {error}") from error
     if isinstance(node, list):
         node[_index(node, last, key)] = value
     else:

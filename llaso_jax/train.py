@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return EXIT_INTERRUPTED
     except (LlasoError, ShardingError) as error:
-        console.print("[red]error[/]:", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        sys.stderr.write(f"llaso train: error: {error}\n")
         return EXIT_ERROR
 
     minutes = (time.monotonic() - started) / 60

