@@ -94,10 +94,6 @@ class KVCache(NamedTuple):
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
 
 
-EMBEDDING_STD = 0.02
-"""Of random token embeddings where initializer_range is None (a look-up has no fan-in)."""
-
-
 def _residual_init(cfg: LlamaConfig, fan_in: int) -> Initializer:
     gain = residual_gain(cfg.initializer_range, cfg.num_hidden_layers)
     return normal(cfg.initializer_range, fan_in, gain=gain)
@@ -193,8 +189,8 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, compute: ComputeConfig, *, rngs: nnx.Rngs) -> None:
         table = (cfg.padded_vocab_size, cfg.hidden_size)
-        std = EMBEDDING_STD if cfg.initializer_range is None else cfg.initializer_range
-        init = normal(std, cfg.hidden_size)
+        # 1/sqrt(hidden_size) gives a tied head logits of unit variance.
+        init = normal(cfg.initializer_range, cfg.hidden_size)
         self.embed_tokens = nnx.Dict(weight=param(rngs, init, table, ("vocab", "embed")))
         self.layers = stack_layers(
             lambda r: LlamaDecoderLayer(cfg, rngs=r), cfg.num_hidden_layers, rngs

@@ -187,9 +187,7 @@ def test_initial_values_without_a_spread_keep_the_variance_of_a_signal():
             or module == "embed_positions"
         ):
             continue
-        if module == "embed_tokens":
-            expected = 0.02
-        elif module.startswith("conv"):
+        if module.startswith("conv"):
             expected = 3 * (3 * leaf.shape[1]) ** -0.5
         elif module in fan_in:
             expected = (fan_in[module] * 2 * 2) ** -0.5  # two layers
