@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
 import soundfile as sf
 import yaml
 from data_corpus import PROMPT, ask, byte_tokenizer
-from reference import random_params
+from reference import _PLAIN, random_params
 from rich.console import Console
 
 from llaso_jax.config import RunConfig, parse_config, to_tree
@@ -44,6 +45,10 @@ PROJECTOR_AND_DECODER = (
     {"pattern": "audio_tower/.*", "learning_rate_scale": None},
 )
 HELD_OUT = 7
+OPTIMIZER = OptimizerConfig(weight_decay=0.01)
+FLOAT32 = ComputeConfig()
+# Compiles in a third of the time; for programs that run a few steps.
+_jit = functools.partial(jax.jit, compiler_options=_PLAIN)
 # Every axis that is split divides by 8 (fsdp) and by 4 (tensor).
 MODEL = {
     "audio_mode": "true_length",
@@ -163,7 +168,7 @@ def compilation_cache(folder: Path) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: jax.config.read(name) for name in settings}
+    before = {name: getattr(jax.config, name) for name in settings}
     _configure(settings)
     try:
         yield
@@ -223,9 +228,9 @@ def trainer(
     mesh: str = "1x1",
     rules: tuple = EVERYTHING,
     accumulation: int = 1,
-    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.01),
+    optimizer: OptimizerConfig = OPTIMIZER,
     frozen_dtype: str = "float32",
-    compute: ComputeConfig = ComputeConfig(),
+    compute: ComputeConfig = FLOAT32,
 ) -> Trainer:
     """Everything `StageRun` puts together, without files."""
     layout, scales, update, step = _program(
@@ -235,7 +240,9 @@ def trainer(
         random_params(unflatten(abstract_params(model))), unflatten(layout.params)
     )
     trainable, frozen = split_params(start, scales, frozen_dtype)
-    return Trainer(create_state(trainable, update, layout), frozen, step, layout, accumulation)
+    with patch.object(jax, "jit", _jit):
+        state = create_state(trainable, update, layout)
+    return Trainer(state, frozen, step, layout, accumulation)
 
 
 @functools.cache
@@ -252,7 +259,9 @@ def _program(
     scales = learning_rate_scales(infos, rules)
     update = make_optimizer(optimizer, scales)
     trainable = unflatten({p: infos[p] for p, scale in scales.items() if scale is not None})
-    return layout, scales, update, make_train_step(model, compute, update, trainable, layout)
+    with patch.object(jax, "jit", _jit):
+        step = make_train_step(model, compute, update, trainable, layout)
+    return layout, scales, update, step
 
 
 def config(tree: dict) -> RunConfig:

@@ -201,24 +201,39 @@ def _check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:
 
 
 def _prepare_output(cfg: RunConfig, output: Path, *, overwrite: bool) -> None:
-    """Make the folder, or check that the run in it is this one."""
-    resolved = output / "config.yaml"
-    if overwrite and resolved.is_file():
-        shutil.rmtree(output)
-    if resolved.is_file():
-        earlier = yaml.safe_load(resolved.read_text(encoding="utf-8"))
-        differences = _differences(earlier, to_tree(cfg))
-        if differences:
+    """Make the folder, or check that the run in it is this one. Only runs are ever overwritten."""
+    resolved, partial = output / "config.yaml", output / ".config.yaml.incomplete"
+    earlier = _settings_of_run(resolved)
+    if earlier is None:
+        if output.is_dir() and any(path != partial for path in output.iterdir()):
             raise CheckpointError(
-                f"{output} holds a run of other settings ({'; '.join(differences[:5])}). Choose another "
-                f"--output, use the settings of {resolved}, or pass --overwrite to start over."
+                f"{output} is not empty and holds no run of ours (no config.yaml of a run): "
+                f"choose another --output."
             )
-    elif output.is_dir() and any(output.iterdir()):
+    elif overwrite:
+        # The settings go last: a deletion cut short leaves a run that can still be overwritten.
+        for path in [path for path in output.iterdir() if path != resolved] + [resolved]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    elif differences := _differences(earlier, to_tree(cfg)):
         raise CheckpointError(
-            f"{output} is not empty and holds no run of ours (no config.yaml): choose another --output."
+            f"{output} holds a run of other settings ({'; '.join(differences[:5])}). Choose another "
+            f"--output, use the settings of {resolved}, or pass --overwrite to start over."
         )
     output.mkdir(parents=True, exist_ok=True)
-    resolved.write_text(to_yaml(cfg), encoding="utf-8")
+    partial.write_text(to_yaml(cfg), encoding="utf-8")
+    partial.replace(resolved)  # a kill leaves the whole file or none
+
+
+def _settings_of_run(path: Path) -> dict[str, Any] | None:
+    """The config.yaml of a run; None if there is none or it is something else's."""
+    if not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    is_run = isinstance(tree, dict) and {"name", "tokenizer", "stages"} <= set(tree)
+    return tree if is_run else None
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> list[str]:
