@@ -133,14 +133,23 @@ def test_human_prompts_are_shorter_than_four_words(manifest, builder, tmp_path):
     assert [text for _, text, _ in builder.human_prompts(tmp_path)] == ["one two three", "hello"]
 
 
-def test_human_eval_words_are_all_in_training(records, manifest):
-    learned = [*records["align_train"], *records["instruct_train"]]
-    spoken = [item for item in learned if item["metadata"]["task"] == "ASR"]
-    trained = {form for item in spoken for form in FORMS.findall(answer(item))}
+def test_human_eval_words_are_taught_by_synthetic_voices(records, manifest):
+    learned = [
+        item
+        for item in [*records["align_train"], *records["instruct_train"]]
+        if item["metadata"]["task"] == "ASR"
+    ]
     held_out = [item for item in records["eval"] if item["metadata"]["source"] == "human"]
     spoken = [item for item in held_out if item["metadata"]["task"] == "ASR"]
-    assert len(spoken) >= 20
-    assert {form for item in spoken for form in FORMS.findall(answer(item))} <= trained
+    assert len(spoken) >= 10
+    # Taught by many synthetic voices, not by a single human recording.
+    by_voices = {
+        form
+        for item in learned
+        if item["voice"][0].split("/")[1] != "human"
+        for form in FORMS.findall(answer(item))
+    }
+    assert {form for item in spoken for form in FORMS.findall(answer(item))} <= by_voices
 
 
 def test_splits_hold_the_tasks_and_layouts(records):
