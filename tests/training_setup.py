@@ -58,7 +58,7 @@ MODEL = {
         "encoder_layers": 1,
         "encoder_attention_heads": 4,
         "encoder_ffn_dim": 32,
-        "max_source_positions": 25,
+        "max_source_positions": 32,
         "init_std": None,
     },
     "projector": {"type": "mlp2x_gelu", "stack": 5},

@@ -111,6 +111,7 @@ class StageRun:
         self.step = self.samples = 0
         self.stats, self.steps_timed = PipelineStats(), 0
         self.before = before
+        self.scored: tuple[int, Report] | None = None
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -158,6 +159,10 @@ class StageRun:
                 self.samples += batch.stats.samples
                 # The step before is read only now: the device is never left waiting for the host.
                 pending = self._report(pending, bar, _Dispatched(self.step, metrics, batch, rate))
+                # Before the save: a run killed between the two would never score this step again.
+                if validate is not None and every and self.step % every == 0 and not stop.requested:
+                    pending = self._report(pending, bar)
+                    self._validate(validate)
                 if stop.requested or self.step % self.place.checkpoint.every_steps == 0:
                     pending = self._report(pending, bar)
                     self._save(checkpoints)
@@ -167,9 +172,6 @@ class StageRun:
                         f"{stop.requested}: stage {self.stage.name!r} is saved at step {self.step}. "
                         f"Run the same command again to continue from there."
                     )
-                if validate is not None and every and self.step % every == 0:
-                    pending = self._report(pending, bar)
-                    self._validate(validate)
             self._report(pending, bar)
         self._save(checkpoints)
 
@@ -230,8 +232,11 @@ class StageRun:
         )
 
     def _validate(self, validate: Validator) -> Report:
+        if self.scored is not None and self.scored[0] == self.step:
+            return self.scored[1]  # the last step is often one of evaluation.every_steps too
         started = time.monotonic()
         report = validate(self.params())
+        self.scored = self.step, report
         self.place.metrics.write("eval", self.stage.name, self.step, report.numbers())
         scores = ", ".join(
             f"{name} {value:.3f}"
