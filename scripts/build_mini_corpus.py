@@ -3,7 +3,8 @@
 
 Two kinds of speech go in: real prompts of the Asterisk core sounds shorter than four words (longer
 ones are held out by the whole project and are never read), and espeak-ng voices, which speak a
-closed grammar of about fifty words. The same inputs give the same bytes. See docs/mini-corpus.md.
+closed grammar of about fifty words. Texts, voices and records are the same in every build; see
+docs/mini-corpus.md for what is not.
 
     pip install espeakng-loader==0.2.4
     apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
