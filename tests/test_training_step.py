@@ -305,6 +305,7 @@ def test_rules_that_cannot_be_meant_are_refused(inputs):
         ParameterRule(".*", 0.0)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_masters(inputs):
     model, batches, _ = inputs
     train = trainer(model, compute=ComputeConfig(dtype="bfloat16"), frozen_dtype="bfloat16")
