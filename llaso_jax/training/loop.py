@@ -1,5 +1,6 @@
 """One stage of training, from its first batch (or the newest checkpoint) to its last."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -124,7 +125,11 @@ class StageRun:
           DataError: data that cannot be used, by the policies of `data`.
         """
         folder = self.place.output / "checkpoints" / self.stage.name
-        with StageCheckpoints(folder, self.place.checkpoint) as checkpoints:
+        # Closed whatever happens: worker processes left behind would keep this one from ending.
+        with (
+            contextlib.closing(self.batches),
+            StageCheckpoints(folder, self.place.checkpoint) as checkpoints,
+        ):
             resumed_at = self._resume(checkpoints)
             validate = self._validator()
             if validate is not None and self.step == 0 and self.before is None:
@@ -133,7 +138,6 @@ class StageRun:
             # A stage that was already complete is scored again only if nothing follows it.
             scored = validate is not None and (final or self.step != resumed_at)
             after = self._validate(validate) if validate is not None and scored else None
-        self.batches.close()
         return StageResult(self.params(), self.before, after)
 
     def _train(self, checkpoints: StageCheckpoints, validate: Validator | None) -> None:
