@@ -1,5 +1,6 @@
 """The programs as a newcomer meets them: help, a mistyped command, and mistakes in a training command."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from llaso_jax.cli import COMMANDS, main
+from llaso_jax.config import load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,7 +163,8 @@ def answers(tmp_path_factory) -> dict[str, tuple[int, str]]:
     (folder / "FOREIGN").mkdir()
     (folder / "FOREIGN" / "thesis.txt").write_text("years of work", encoding="utf-8")
     (folder / "EARLIER").mkdir()
-    (folder / "EARLIER" / "config.yaml").write_text("name: mini\nseed: 7\n", encoding="utf-8")
+    earlier = dataclasses.replace(load_config("mini"), seed=7)
+    (folder / "EARLIER" / "config.yaml").write_text(to_yaml(earlier), encoding="utf-8")
     arguments = json.dumps([mistake.arguments for mistake in MISTAKES.values()])
     # Wide enough that no message is broken up.
     environment = {**os.environ, "COLUMNS": "400", "JAX_PLATFORMS": "cpu"}
