@@ -76,7 +76,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # GGUF lists dimensions fastest first.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         tensors[hf_name or name] = ComputedTensor(
-            shape, np.dtype(np.float32), _dequantizer(path, tensor, num_heads)
+            shape,
+            np.dtype(np.float32),
+            _dequantizer(path, tensor, num_heads),
+            stored=tensor.tensor_type.name,
         )
     config["vocab_size"] = (
         tensors["model.embed_tokens.weight"].shape[0]

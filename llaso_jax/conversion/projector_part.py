@@ -10,7 +10,7 @@ from flax import nnx
 from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.errors import ConfigMismatchError, MissingTensorError, TensorShapeError
 from llaso_jax.conversion.llaso_config import ours_of
-from llaso_jax.conversion.source import ALIGNER, open_source
+from llaso_jax.conversion.source import ALIGNER, Source, open_source
 from llaso_jax.conversion.sources import Place, Record, Sources
 from llaso_jax.conversion.tensors import array_tensor
 from llaso_jax.modeling.functional import flatten
@@ -43,7 +43,7 @@ def projector_part(
       ConfigMismatchError: the projector found is of another type, stack or width.
       ConversionError: tensors that do not fit (errors.py).
     """
-    place = _place(sources, record)
+    place = projector_place(sources, record)
     if place is None:
         if sources.llaso is not None:
             raise MissingTensorError(
@@ -53,7 +53,7 @@ def projector_part(
         projector = ProjectorConfig(projector_type or DEFAULT_TYPE, stack or 1)
         record.note(f"the projector ({projector.type}) is random, seed {seed}")
         return projector, random_projector(projector, cfg, seed)
-    projector = _infer(place, cfg)
+    projector = projector_config(place, cfg)
     for setting, asked, given in (
         ("projector_type", projector_type, projector.type),
         ("stack", stack, projector.stack),
@@ -74,7 +74,8 @@ def random_projector(projector: ProjectorConfig, cfg: SpeechLMConfig, seed: int)
     return {f"projector/{path}": [array_tensor(np.asarray(leaf))] for path, leaf in flat.items()}
 
 
-def _place(sources: Sources, record: Record) -> Place | None:
+def projector_place(sources: Sources, record: Record) -> Place | None:
+    """The tensors of the projector: a side file before what is inside the checkpoint; None if there are none."""
     inside = sources.in_llaso("projector")
     source = sources.projector
     if source is None and inside is None and sources.llaso is not None:
@@ -90,14 +91,24 @@ def _place(sources: Sources, record: Record) -> Place | None:
         return inside
     if inside is not None:
         record.note(f"{source.path} replaces the projector of {inside.where}")
+    return side_file_place(source)
+
+
+def side_file_place(source: Source) -> Place:
+    """The tensors of a projector file, whatever stands in front of their names."""
     # DeepSpeed, PEFT and upstream differ in what they put in front; upstream reads any prefix.
     match = next(filter(None, (re.match(r"(.*\b)?projector\.", name) for name in source.tensors)))
     # A side file knows its shape; the checkpoint's own claim about the projector it replaces does not matter.
     return Place(str(source.path), match[0], source.tensors, {})
 
 
-def _infer(place: Place, cfg: SpeechLMConfig) -> ProjectorConfig:
-    """Type and stack from names and shapes; the configuration must agree."""
+def projector_config(place: Place, cfg: SpeechLMConfig) -> ProjectorConfig:
+    """Type and stack from names and shapes.
+
+    Raises:
+      ConfigMismatchError: the configuration says another type.
+      TensorShapeError: its input does not fit the audio tower of `cfg`.
+    """
     names = [name.removeprefix(place.prefix) for name in place.tensors]
     indices = [int(match[1]) for name in names if (match := re.match(r"(\d+)\.", name))]
     kind = f"mlp{max(indices) // 2 + 1}x_gelu" if indices else "linear"

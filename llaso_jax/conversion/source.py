@@ -44,6 +44,7 @@ class Source:
       format: how they are stored.
       tensors: by Hugging Face name.
       config: config.json, or what other metadata says in its terms; empty if there is none.
+      files: what the tensors are in.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Source:
     format: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
+    files: tuple[Path, ...]
 
     @property
     def folder(self) -> Path:
@@ -84,7 +86,8 @@ def open_source(path: str | Path) -> Source:
     config_file = (path if path.is_dir() else path.parent) / "config.json"
     if file_format in ("safetensors", "torch") and config_file.is_file():
         config = read_json(config_file)
-    return Source(path, _kind(path, tensors, config), file_format, tensors, config)
+    kind = _kind(path, tensors, config)
+    return Source(path, kind, file_format, tensors, config, tuple(files))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -63,10 +63,11 @@ class Sources:
       UnknownSourceError: no source at all, or a projector alone.
     """
 
-    def __init__(self, paths: Iterable[str | Path], record: Record) -> None:
+    def __init__(self, paths: Iterable[str | Path | Source], record: Record) -> None:
         self.record = record
         self._by_kind: dict[Kind, Source] = {}
-        for source in map(open_source, paths):
+        for path in paths:
+            source = path if isinstance(path, Source) else open_source(path)
             other = self._by_kind.setdefault(source.kind, source)
             if other is not source:
                 raise DuplicateTensorError(

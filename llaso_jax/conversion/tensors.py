@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +51,12 @@ class Tensor(Protocol):
 
 
 Tensors = Mapping[str, Tensor]
+
+
+def target_dtype(tensor: Tensor, dtype: Any = None) -> np.dtype:
+    """What `tensor` is stored in here: `dtype`, or its own; float64 becomes float32."""
+    wanted = tensor.dtype if dtype is None else np.dtype(dtype)
+    return np.dtype(np.float32) if wanted == np.float64 else wanted
 
 
 def whole(shape: tuple[int, ...]) -> Box:
@@ -135,11 +141,15 @@ class FileTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ComputedTensor:
-    """A tensor that is computed when it is read: dequantized, permuted, random."""
+    """A tensor that is computed when it is read: dequantized, permuted, random.
+
+    `stored` names the type it has in the file, where that is another than `dtype`.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     compute: Callable[[], np.ndarray]
+    stored: str | None = None
 
     def read(self, box: Box | None = None) -> np.ndarray:
         """Values inside `box`; the whole tensor is computed for it."""

@@ -7,6 +7,7 @@ import numpy as np
 from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.errors import ConfigMismatchError, MissingTensorError
 from llaso_jax.conversion.hf_config import llama_from_hf
+from llaso_jax.conversion.source import Source
 from llaso_jax.conversion.sources import Place, Record, Sources, prefix_of
 from llaso_jax.conversion.tensors import Tensor, whole
 from llaso_jax.modeling.llama import LlamaConfig
@@ -27,20 +28,34 @@ def text_part(sources: Sources, record: Record) -> tuple[LlamaConfig, Pieces] | 
     """
     if sources.text is None:
         return None
-    if not sources.text.config:
-        raise ConfigMismatchError(
-            f"{sources.text.path}: no config.json beside the weights. It is needed: the number of heads "
-            "and the RoPE settings cannot be read from tensors."
-        )
-    place = _place(sources, record)
-    where = str(sources.text.folder / "config.json")
-    cfg = llama_from_hf(place.config, where, has_head=LM_HEAD in place.tensors)
+    place = text_place(sources, record)
+    cfg = text_config(sources.text, place)
     if cfg.tie_word_embeddings and LM_HEAD in place.tensors:
         place = _without_tied_head(place, record)
     return cfg, place.bind("language_model", SpeechLMConfig(text=cfg))
 
 
-def _place(sources: Sources, record: Record) -> Place:
+def text_config(source: Source, place: Place) -> LlamaConfig:
+    """Sizes of the language model of `source`, whose tensors are in `place`.
+
+    Raises:
+      ConfigMismatchError, UnsupportedConfigError: no configuration, or one that does not fit this model.
+    """
+    if not source.config:
+        raise ConfigMismatchError(
+            f"{source.path}: no config.json beside the weights. It is needed: the number of heads "
+            "and the RoPE settings cannot be read from tensors."
+        )
+    where = str(source.folder / "config.json")
+    return llama_from_hf(place.config, where, has_head=LM_HEAD in place.tensors)
+
+
+def text_place(sources: Sources, record: Record) -> Place:
+    """The tensors of the language model.
+
+    Raises:
+      MissingTensorError: a LLaSO checkpoint without any.
+    """
     if sources.llaso is not None:
         place = sources.in_llaso("language_model")
         if place is None:

@@ -16,6 +16,13 @@ from llaso_jax.modeling.whisper import WhisperConfig
 
 HEADS = "encoder_attention_heads"
 HEAD_DIM = 64  # of every Whisper that was released
+_SIZES = {
+    "d_model",
+    "num_mel_bins",
+    "max_source_positions",
+    "encoder_ffn_dim",
+    "encoder_layers",
+}
 _PREFIXES = (
     "model.encoder.",
     "encoder.",
@@ -33,14 +40,23 @@ def tower_part(sources: Sources, record: Record) -> tuple[WhisperConfig, Pieces]
     llaso = sources.llaso
     if llaso is not None:
         check_llaso(llaso.config, str(llaso.folder / "config.json"))
-    inside = sources.in_llaso("audio_tower")
-    place = _with_hints(sources, inside, record) if inside else _outside(sources, record)
+    place = tower_place(sources, record)
     if place is None:
         return None
-    cfg = _config(place, record)
+    cfg = tower_config(place, record)
     if llaso is not None:
         check_width(llaso.config, str(llaso.folder / "config.json"), cfg.d_model)
     return cfg, place.bind("audio_tower", SpeechLMConfig(audio=cfg))
+
+
+def tower_place(sources: Sources, record: Record) -> Place | None:
+    """The tensors of the audio tower and what is said of its sizes, None if no source has or names one.
+
+    Raises:
+      MissingTensorError: a LLaSO checkpoint without tower, whose Whisper is neither given nor found.
+    """
+    inside = sources.in_llaso("audio_tower")
+    return _with_hints(sources, inside, record) if inside else _outside(sources, record)
 
 
 def _with_hints(sources: Sources, place: Place, record: Record) -> Place:
@@ -79,8 +95,16 @@ def _outside(sources: Sources, record: Record) -> Place | None:
     return Place(str(source.path), prefix, tensors, source.config)
 
 
-def _config(place: Place, record: Record) -> WhisperConfig:
-    config = {**_sizes(place), **{k: v for k, v in place.config.items() if v is not None}}
+def tower_config(place: Place, record: Record) -> WhisperConfig:
+    """Sizes of the audio tower in `place`: what its configuration says, else what shapes tell.
+
+    Raises:
+      MissingTensorError: neither says.
+      ConfigMismatchError, UnsupportedConfigError: a configuration that does not fit this model.
+    """
+    config = {k: v for k, v in place.config.items() if v is not None}
+    if not _SIZES <= config.keys():
+        config = {**_sizes(place), **config}
     if HEADS not in config:
         width = config["d_model"]
         if width % HEAD_DIM:
