@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from data_corpus import LAYOUT, SHAPE, ask, batches_of, byte_tokenizer, ids_of, write_corpus
 
+from llaso_jax.data import features
+from llaso_jax.data.audio import load_audio
 from llaso_jax.data.batch import PipelineStats, empty_batch
 from llaso_jax.data.config import AudioLayout, DataConfig
 from llaso_jax.data.packer import reshard_states
@@ -217,6 +219,22 @@ def test_worker_processes_give_the_same_batches_and_bad_samples(tokenizer, tmp_p
         batches.close()
     assert_same(found[1][0], found[0][0])
     assert found[1][1] == found[0][1]
+
+
+def test_a_cache_of_features_saves_reading_and_changes_no_batch(corpus, tokenizer, monkeypatch):
+    reads, found = [], []
+
+    def counting(path, **settings):
+        reads[-1] += 1
+        return load_audio(path, **settings)
+
+    monkeypatch.setattr(features, "load_audio", counting)
+    for megabytes in (0, 100):
+        reads.append(0)
+        settings = {"epochs": 3.0, "feature_cache_mb": megabytes, "num_threads": 1}
+        found.append(list(batches_of(corpus, tokenizer, split="train", **settings)))
+    assert_same(found[1], found[0])
+    assert reads[0] == 3 * reads[1]
 
 
 def test_quarantine_totals_and_file_survive_a_resume(tokenizer, tmp_path):

@@ -66,6 +66,7 @@ def make_pipeline(
         layout=layout,
         max_audio_seconds=config.max_audio_seconds,
         audio_policy=config.audio_policy,
+        feature_cache_mb=config.feature_cache_mb,
     )
     shape = BatchShape.of(config, layout, pad_id=loader.pad_id, process_count=process_count)
     files = config.train_json if split == "train" else config.eval_json

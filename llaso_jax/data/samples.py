@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llaso_jax.data.audio import AudioPolicy, chunk_audio, load_audio
+from llaso_jax.data.audio import AudioPolicy
 from llaso_jax.data.config import AudioLayout
-from llaso_jax.data.log_mel import log_mel, mel_frames
+from llaso_jax.data.features import AudioFeatures, FeatureReader
 from llaso_jax.data.prompt import (
     AUDIO_ID,
     EncodedPrompt,
@@ -94,13 +94,18 @@ class SampleLoader:
         layout: AudioLayout,
         max_audio_seconds: float | None = None,
         audio_policy: AudioPolicy = "error",
+        feature_cache_mb: int = 0,
     ) -> None:
         check_tokenizer(tokenizer, prompt)
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._layout = layout
-        self._max_audio_seconds = max_audio_seconds
-        self._audio_policy: AudioPolicy = audio_policy
+        self._features = FeatureReader(
+            mel_bins=layout.mel_bins,
+            max_audio_seconds=max_audio_seconds,
+            audio_policy=audio_policy,
+            cache_bytes=feature_cache_mb * 1_000_000,
+        )
         self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def load(self, record: Record) -> Sample:
@@ -109,32 +114,10 @@ class SampleLoader:
             prompt = encode_prompt(
                 record.turns, self._tokenizer, self._prompt, audios=len(record.voices)
             )
-            audios = [
-                load_audio(voice, max_seconds=self._max_audio_seconds, policy=self._audio_policy)
-                for voice in record.voices
-            ]
+            audios = self._features.read(record.voices)
         except DataError as error:
             raise error.located(sample_id=record.sample_id, position=record.position)  # noqa: B904
-        chunks = [chunk_audio(audio.samples) for audio in audios]
-        flat = [chunk for audio in chunks for chunk in audio]
-        tokens, slot_chunk, slot_frame, supervised = splice(
-            prompt, [[mel_frames(len(c)) for c in audio] for audio in chunks], self._layout,
-            pad_id=self.pad_id,
-        )  # fmt: skip
-        answers = np.flatnonzero(supervised).astype(np.int32)
-        return Sample(
-            sample_id=record.sample_id,
-            tokens=tokens,
-            slot_chunk=slot_chunk,
-            slot_frame=slot_frame,
-            answer_index=answers - 1,
-            answer_token=tokens[answers],
-            mels=tuple(log_mel(chunk, mel_bins=self._layout.mel_bins) for chunk in flat),
-            mel_frames=np.array([mel_frames(len(chunk)) for chunk in flat], np.int32),
-            audio_seconds=sum(audio.seconds_used for audio in audios),
-            seconds_dropped=sum(audio.seconds_dropped for audio in audios),
-            tokens_dropped=prompt.tokens_dropped,
-        )
+        return join(prompt, audios, self._layout, pad_id=self.pad_id, sample_id=record.sample_id)
 
 
 class SampleSource:
@@ -155,6 +138,34 @@ class SampleSource:
             return self._loader.load(self._records[index])
         except DataError as error:
             return BadSample(error.with_traceback(None))
+
+
+def join(
+    prompt: EncodedPrompt,
+    audios: Sequence[AudioFeatures],
+    layout: AudioLayout,
+    *,
+    pad_id: int,
+    sample_id: str,
+) -> Sample:
+    """The sample of a tokenized conversation and its audios, one for each place-holder."""
+    tokens, slot_chunk, slot_frame, supervised = splice(
+        prompt, [audio.mel_frames for audio in audios], layout, pad_id=pad_id
+    )
+    answers = np.flatnonzero(supervised).astype(np.int32)
+    return Sample(
+        sample_id=sample_id,
+        tokens=tokens,
+        slot_chunk=slot_chunk,
+        slot_frame=slot_frame,
+        answer_index=answers - 1,
+        answer_token=tokens[answers],
+        mels=tuple(mel for audio in audios for mel in audio.mels),
+        mel_frames=np.array([n for audio in audios for n in audio.mel_frames], np.int32),
+        audio_seconds=sum(audio.seconds_used for audio in audios),
+        seconds_dropped=sum(audio.seconds_dropped for audio in audios),
+        tokens_dropped=prompt.tokens_dropped,
+    )
 
 
 def splice(

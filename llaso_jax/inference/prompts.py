@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llaso_jax.data.audio import LoadedAudio, chunk_audio
+from llaso_jax.data.audio import LoadedAudio
 from llaso_jax.data.config import AudioLayout
-from llaso_jax.data.log_mel import log_mel, mel_frames
+from llaso_jax.data.features import audio_features
 from llaso_jax.data.packing import BatchShape, Row, assemble
 from llaso_jax.data.prompt import PromptConfig, Turn, encode_prompt
-from llaso_jax.data.samples import Sample, splice
+from llaso_jax.data.samples import Sample, join
 from llaso_jax.errors import ConfigError
 from llaso_jax.modeling.frames import CHUNK_MEL_FRAMES, projected_frames
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
@@ -116,24 +116,9 @@ def prompt_sample(
       PromptError: place-holders that do not match the audios, wrong turns, or too much text.
     """
     encoded = encode_prompt(turns, tokenizer, prompt, audios=len(audios), for_generation=True)
-    chunks = [chunk_audio(audio.samples) for audio in audios]
-    frames = [[mel_frames(len(chunk)) for chunk in audio] for audio in chunks]
+    features = [audio_features(audio, mel_bins=layout.mel_bins) for audio in audios]
     pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    tokens, slot_chunk, slot_frame, _ = splice(encoded, frames, layout, pad_id=pad_id)
-    nothing = np.zeros(0, np.int32)
-    return Sample(
-        sample_id=sample_id,
-        tokens=tokens,
-        slot_chunk=slot_chunk,
-        slot_frame=slot_frame,
-        answer_index=nothing,
-        answer_token=nothing,
-        mels=tuple(log_mel(c, mel_bins=layout.mel_bins) for audio in chunks for c in audio),
-        mel_frames=np.array([f for audio in frames for f in audio], np.int32),
-        audio_seconds=sum(audio.seconds_used for audio in audios),
-        seconds_dropped=sum(audio.seconds_dropped for audio in audios),
-        tokens_dropped=0,
-    )
+    return join(encoded, features, layout, pad_id=pad_id, sample_id=sample_id)
 
 
 def collate(samples: Sequence[Sample], *, layout: AudioLayout, rows: int | None = None) -> Prompts:

@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "num_workers",
     "num_threads",
     "read_ahead",
+    "feature_cache_mb",
     "prefetch_batches",
     "index_dir",
 )
