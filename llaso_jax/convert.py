@@ -3,37 +3,39 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llaso_jax.conversion import (
     ExportOptions,
+    Weights,
     export_llama,
     export_llaso,
     export_whisper,
     gather_weights,
+    inspection_report,
     is_model_folder,
-    load_model,
-    load_params,
-    read_info,
-    save_model,
+    open_model,
+    stream_model,
+    verification_report,
 )
+from llaso_jax.conversion.inspection import inspect_source
 from llaso_jax.conversion.loading import Progress as OnTensor
 from llaso_jax.conversion.tables import PARTS, slots
+from llaso_jax.conversion.tensors import target_dtype
 from llaso_jax.conversion.tokenizer_files import fit_tokenizer
+from llaso_jax.conversion.verification import verify as verify_weights
 from llaso_jax.conversion.writing import check_target
 from llaso_jax.errors import LlasoError
 from llaso_jax.modeling.frames import AUDIO_MODES
-from llaso_jax.modeling.functional import abstract_params, flatten, param_shardings
 from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.sharding.rules import ShardingError
 
@@ -49,6 +51,21 @@ examples:
     llaso convert from-hf faster-whisper-tiny/ SmolLM2-135M-Instruct.gguf --output small/
   back to a LLaSO folder, and to folders transformers loads
     llaso convert to-hf llaso/ --output hf/ --whisper hf-whisper/ --llama hf-llama/
+  what is this, is it whole, and which command converts it
+    llaso convert inspect LLaSO-Base-3.8B-Instruct/
+  are these the same model
+    llaso convert verify llaso/ hf/
+"""
+VERIFY_EXAMPLES = """\
+examples:
+  a model folder and what was exported from it
+    llaso convert verify llaso/ hf/
+    llaso convert verify llaso/ hf-whisper/ hf-llama/
+  a bfloat16 copy: within the rounding of bfloat16, or exactly that rounding
+    llaso convert verify llaso/ llaso-bf16/
+    llaso convert verify llaso/ llaso-bf16/ --dtype bfloat16
+  on another clip, with a tolerance of your own
+    llaso convert verify llaso/ other/ --audio question.wav --tolerance 1e-3
 """
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -83,37 +100,20 @@ def _logging_to(console: Console) -> Iterator[None]:
 
 
 def from_hf(args: argparse.Namespace, console: Console) -> int:
-    """Sources -> a model folder."""
+    """Sources -> a model folder, block by block."""
     target = check_target(args.output, overwrite=args.overwrite)
     mesh = make_mesh(args.mesh) if args.mesh else None  # before anything starts JAX
-    paths = [*args.sources, *filter(None, (args.whisper, args.llama, args.projector))]
-    if len(paths) == 1 and Path(paths[0]).is_dir() and is_model_folder(paths[0]):
-        return _reshard(Path(paths[0]), target, mesh, args, console)
-    weights = gather_weights(
-        *paths,
-        audio_mode=args.audio_mode,
-        projector_type=args.projector_type,
-        stack=args.stack,
-        seed=args.seed,
-    )
     with tempfile.TemporaryDirectory() as files:
-        weights = fit_tokenizer(
-            weights,
-            Path(files),
-            tokenizer_from=args.tokenizer,
-            multiple_of=args.vocab_multiple_of,
-        )
-        with _bar(console, "reading", len(weights.pieces)) as progress:
-            shardings = _shardings(weights.cfg, mesh)
-            params = load_params(weights, shardings, dtype=args.dtype, progress=progress)
-        with console.status(f"writing {target}"):
-            save_model(
+        weights, tokenizer_files = _open_sources(args, Path(files))
+        with _bar(console, "converting", len(weights.pieces)) as progress:
+            stream_model(
                 target,
-                weights.cfg,
-                params,
-                tokenizer_files_from=files,
-                hf_config=weights.hf_config,
+                weights,
+                mesh=mesh,
+                dtype=args.dtype,
+                tokenizer_files_from=tokenizer_files,
                 overwrite=args.overwrite,
+                progress=progress,
             )
     if weights.ignored:
         console.print(
@@ -121,12 +121,31 @@ def from_hf(args: argparse.Namespace, console: Console) -> int:
             f"{weights.ignored[0]} ... {weights.ignored[-1]}",
             markup=False,
         )
-    _summary(console, params, target)
+    _summary(console, weights, args.dtype)
+    console.print(f"wrote {target}", markup=False)
     return 0
 
 
+def _open_sources(args: argparse.Namespace, files: Path) -> tuple[Weights, Path]:
+    """The weights of all sources, and the folder of their tokenizer files (made in `files`)."""
+    paths = [*args.sources, *filter(None, (args.whisper, args.llama, args.projector))]
+    if len(paths) == 1 and is_model_folder(paths[0]):
+        return open_model(paths[0]), Path(paths[0])
+    weights = gather_weights(
+        *paths,
+        audio_mode=args.audio_mode,
+        projector_type=args.projector_type,
+        stack=args.stack,
+        seed=args.seed,
+    )
+    weights = fit_tokenizer(
+        weights, files, tokenizer_from=args.tokenizer, multiple_of=args.vocab_multiple_of
+    )
+    return weights, files
+
+
 def to_hf(args: argparse.Namespace, console: Console) -> int:
-    """A model folder -> Hugging Face folders."""
+    """A model folder -> Hugging Face folders, tensor by tensor."""
     wanted = [folder for folder in (args.output, args.whisper, args.llama) if folder]
     if not wanted:
         console.print(
@@ -135,19 +154,18 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
         return 2
     for folder in wanted:
         check_target(folder, overwrite=args.overwrite)
-    mesh = make_mesh(args.mesh) if args.mesh else None
-    info = read_info(args.model)
-    parts = (
-        PARTS
-        if args.output
-        else tuple(
-            part
-            for part, folder in (("audio_tower", args.whisper), ("language_model", args.llama))
-            if folder
+    needed = {
+        part
+        for folder, parts in (
+            (args.output, PARTS),
+            (args.whisper, ("audio_tower",)),
+            (args.llama, ("language_model",)),
         )
-    )
-    with console.status(f"reading {args.model}"):
-        cfg, params = load_model(args.model, mesh=mesh, parts=parts)
+        if folder
+        for part in parts
+    }
+    weights = open_model(args.model, parts=tuple(part for part in PARTS if part in needed))
+    cfg = weights.cfg
 
     def options(progress: OnTensor) -> ExportOptions:
         return ExportOptions(args.dtype, args.max_shard_size, args.overwrite, progress)
@@ -160,8 +178,8 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
             export_llaso(
                 args.output,
                 cfg,
-                params,
-                hf_config=info.hf_config,
+                weights.pieces,
+                hf_config=weights.hf_config,
                 files_from=args.model,
                 with_tower=not args.no_tower,
                 tower_name=tower_name,
@@ -172,43 +190,51 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
             export_llama(
                 args.llama,
                 cfg,
-                params,
-                hf_config=info.hf_config,
+                weights.pieces,
+                hf_config=weights.hf_config,
                 files_from=args.model,
                 options=options(progress),
             )
     if args.whisper:
         with _bar(console, "Whisper", len(slots(cfg, ("audio_tower",))) + 4) as progress:
-            export_whisper(args.whisper, cfg, params, options=options(progress))
+            export_whisper(args.whisper, cfg, weights.pieces, options=options(progress))
     for folder in wanted:
         console.print(f"wrote {folder}", markup=False)
     return 0
 
 
-def _reshard(
-    source: Path, target: Path, mesh: Mesh | None, args: argparse.Namespace, console: Console
-) -> int:
-    """A model folder again, in another dtype or with shards of another mesh."""
-    info = read_info(source)
-    with console.status(f"reading {source}"):
-        cfg, params = load_model(source, mesh=mesh, dtype=args.dtype, parts=info.parts)
-    save_model(
-        target,
-        cfg,
-        params,
-        tokenizer_files_from=source,
-        hf_config=info.hf_config,
-        overwrite=args.overwrite,
-    )
-    _summary(console, params, target)
-    return 0
+def inspect(args: argparse.Namespace, _: Console) -> int:
+    """What is at a path; 1 if it is not whole, or damaged."""
+    console = Console(soft_wrap=True)
+    try:
+        found = inspect_source(args.path)
+    except LlasoError as error:
+        if not args.json:
+            raise
+        failure = {"type": type(error).__name__, "message": str(error)}
+        console.print_json(data={"path": args.path, "whole": False, "error": failure})
+        return 1
+    if args.json:
+        console.print_json(data=inspection_report.as_json(found))
+    else:
+        inspection_report.print_report(found, console)
+    return 0 if found.whole else 1
 
 
-def _shardings(cfg, mesh: Mesh | None):
-    if mesh is not None:
-        return param_shardings(cfg, mesh)
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return dict.fromkeys(abstract_params(cfg), single)
+def verify(args: argparse.Namespace, console: Console) -> int:
+    """Two sides against each other; 1 if they are not equal."""
+    with console.status("comparing") as status:
+        found = verify_weights(
+            [args.a],
+            args.b,
+            clip=args.audio,
+            dtype=args.dtype,
+            tolerance=args.tolerance,
+            outputs=not args.weights_only,
+            progress=lambda path, _: status.update(f"compared {path}"),
+        )
+    verification_report.print_report(found, Console(soft_wrap=True))
+    return 0 if found.equal else 1
 
 
 @contextlib.contextmanager
@@ -233,12 +259,17 @@ def _bar(console: Console, what: str, total: int) -> Iterator[OnTensor]:
         yield advance
 
 
-def _summary(console: Console, params, target: Path) -> None:
-    for part, tree in params.items():
-        leaves = flatten(tree).values()
-        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-        console.print(f"  {part:<15} {sum(leaf.size for leaf in leaves):>14,} parameters, {dtypes}")
-    console.print(f"wrote {target}", markup=False)
+def _summary(console: Console, weights: Weights, dtype: str | None) -> None:
+    for part in weights.parts:
+        layers = [
+            tensor
+            for path, tensors in weights.pieces.items()
+            if path.split("/")[0] == part
+            for tensor in tensors
+        ]
+        count = sum(math.prod(layer.shape) for layer in layers)
+        dtypes = ", ".join(sorted({str(target_dtype(layer, dtype)) for layer in layers}))
+        console.print(f"  {part:<15} {count:>14,} parameters, {dtypes}")
 
 
 def _bytes(text: str) -> int:
@@ -261,14 +292,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llaso convert", description=__doc__, epilog=EXAMPLES, formatter_class=raw
     )
-    commands = parser.add_subparsers(required=True, metavar="{from-hf,to-hf}")
+    commands = parser.add_subparsers(required=True, metavar="{from-hf,to-hf,inspect,verify}")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the weights (default: as they are)"
-    )
-    common.add_argument(
-        "--mesh", help="devices to spread the weights over, such as 8x1 (default: one device)"
     )
     common.add_argument("--overwrite", action="store_true", help="replace what is in the target")
 
@@ -313,6 +341,10 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", metavar="PATH", help="folder or tokenizer.json (default: beside the Llama)"
     )
     read.add_argument(
+        "--mesh",
+        help="mesh whose shards the stored chunks shall fit, such as 8x1; any other mesh can read them too",
+    )
+    read.add_argument(
         "--vocab-multiple-of",
         type=int,
         default=1,
@@ -345,7 +377,62 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--max-shard-size", type=_bytes, default=5 * 10**9, help="of each file (default 5GB)"
     )
+    _add_inspect(commands)
+    _add_verify(commands)
     return parser
+
+
+def _add_inspect(commands) -> None:
+    look = commands.add_parser(
+        "inspect",
+        help="what is at a path, is it whole, which command converts it",
+        description="Say what is at a path, found out from its content: kind, sizes, dtypes, parameters, "
+        "missing, unused and misshapen tensors, tokenizer, and the command that converts it. Only headers "
+        "are read. Exit code 1 if something is missing or wrong.",
+    )
+    look.set_defaults(run=inspect)
+    look.add_argument("path", help="anything from-hf reads, or a model folder")
+    look.add_argument("--json", action="store_true", help="the same as one JSON object")
+
+
+def _add_verify(commands) -> None:
+    compare = commands.add_parser(
+        "verify",
+        help="are two sets of weights the same model",
+        description="Compare two sets of weights, tensor by tensor and by what both make of a clip. Exit "
+        "code 1 if they are not equal.",
+        epilog=VERIFY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.set_defaults(run=verify)
+    compare.add_argument("a", metavar="A", help="a model folder, or a source of from-hf")
+    compare.add_argument(
+        "b",
+        metavar="B",
+        nargs="+",
+        help="the same; several sources are one side, such as a Whisper, a Llama and a projector file",
+    )
+    compare.add_argument("--audio", metavar="CLIP", help="recording (default: of the mini corpus)")
+    compare.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        help="largest difference, relative to the largest entry (default: bit-equal where dtypes are the "
+        "same, else the rounding of the coarser dtype)",
+    )
+    compare.add_argument("--dtype", choices=DTYPES, help="round both sides to it before")
+    compare.add_argument(
+        "--weights-only", action="store_true", help="do not run the models, compare tensors only"
+    )
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0, such as 1e-3")
+    return value
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_there_and_back(root, capsys):
     assert run("from-hf", root / "model", "-o", root / "m", "--mesh", "4x2", *two) == 0
     assert "parameters, float32" in capsys.readouterr().err
     out = ("-o", root / "hf", "--llama", root / "l", "--whisper", root / "w")
-    assert run("to-hf", root / "m", *out, "--mesh", "4x2", "--max-shard-size", "0.1MB") == 0
+    assert run("to-hf", root / "m", *out, "--max-shard-size", "0.1MB") == 0
     assert_bit_equal(read_state(root / "hf"), TorchSpeechLM().state())
     assert json.loads((root / "hf" / "config.json").read_text())["mm_audio_tower"] == "../w"
     assert (root / "l" / "model.safetensors.index.json").is_file()

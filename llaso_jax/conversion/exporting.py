@@ -1,6 +1,6 @@
 """Hugging Face folders out of parameters: LLaSO layout, stock Llama, stock Whisper encoder.
 
-Tensors leave the devices one by one, while the file is written.
+Tensors leave the devices, or the files they come from, one by one while the file is written.
 """
 
 import dataclasses
@@ -14,16 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from llaso_jax.conversion.errors import TensorDtypeError
+from llaso_jax.conversion.binding import Pieces
+from llaso_jax.conversion.device_tensors import pieces_of
+from llaso_jax.conversion.errors import MissingTensorError, TensorDtypeError, listing
 from llaso_jax.conversion.hf_config import Json, llama_to_hf, whisper_to_hf
 from llaso_jax.conversion.llaso_config import llaso_to_hf
 from llaso_jax.conversion.model_folder import check_params
 from llaso_jax.conversion.safetensors_file import write_safetensors
 from llaso_jax.conversion.source import ALIGNER
 from llaso_jax.conversion.tables import LLASO, PARTS, Prefixes, Slot, slots
-from llaso_jax.conversion.tensors import FLOAT_DTYPES
+from llaso_jax.conversion.tensors import FLOAT_DTYPES, target_dtype, whole
 from llaso_jax.conversion.torch_file import write_torch
 from llaso_jax.conversion.writing import (
     GENERATION_CONFIG,
@@ -31,7 +32,7 @@ from llaso_jax.conversion.writing import (
     copy_files,
     new_folder,
 )
-from llaso_jax.modeling.functional import Params, flatten
+from llaso_jax.modeling.functional import Params, abstract_params
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ExportOptions:
 def export_llaso(
     folder: str | Path,
     cfg: SpeechLMConfig,
-    params: Params,
+    params: Params | Pieces,
     *,
     hf_config: Mapping[str, Any] | None = None,
     files_from: str | Path | None = None,
@@ -73,7 +74,7 @@ def export_llaso(
     Args:
       folder: where to.
       cfg: the model.
-      params: nested parameters of all three parts.
+      params: nested parameters of all three parts, or tensors that are not read yet (`Weights.pieces`).
       hf_config: config.json the model came from; fields we do not know are kept from it.
       files_from: folder of tokenizer files and generation_config.json to copy.
       with_tower: write the audio tower into the checkpoint; without it, upstream loads `tower_name`.
@@ -102,7 +103,7 @@ def export_llaso(
 def export_llama(
     folder: str | Path,
     cfg: SpeechLMConfig,
-    params: Params,
+    params: Params | Pieces,
     *,
     hf_config: Mapping[str, Any] | None = None,
     files_from: str | Path | None = None,
@@ -121,7 +122,7 @@ def export_llama(
 def export_whisper(
     folder: str | Path,
     cfg: SpeechLMConfig,
-    params: Params,
+    params: Params | Pieces,
     *,
     options: ExportOptions = ExportOptions(),
 ) -> Path:
@@ -167,14 +168,12 @@ class _Exporter:
     def __init__(
         self,
         cfg: SpeechLMConfig,
-        params: Params,
+        params: Params | Pieces,
         parts: tuple[str, ...],
         table: dict[str, Slot],
         options: ExportOptions,
     ) -> None:
-        params = {part: params[part] for part in parts if part in params}
-        check_params(cfg, params, parts)
-        self.flat = flatten(params)
+        self.pieces = _pieces(cfg, params, parts)
         self.table = table
         self.options = options
         self.extra: dict[str, np.ndarray] = {}
@@ -185,7 +184,7 @@ class _Exporter:
             )
 
     def dtype(self, slot: Slot) -> np.dtype:
-        return jnp.dtype(self.options.dtype or self.flat[slot.path].dtype)
+        return target_dtype(self.pieces[slot.path][0], self.options.dtype)
 
     @property
     def main_dtype(self) -> str:
@@ -198,16 +197,10 @@ class _Exporter:
 
     def value(self, slot: Slot) -> np.ndarray:
         """One tensor as it is written, on the host."""
-        array = self.flat[slot.path]
-        if slot.layer is not None:
-            array = _layer(array, slot.layer)
-        if array.shape != slot.split:  # vocabulary padding
-            array = array[: slot.split[0]]
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            host = np.asarray(multihost_utils.process_allgather(array, tiled=True))
-        else:
-            host = np.asarray(array)
-        return host.reshape(slot.shape).astype(self.dtype(slot), copy=False)
+        tensor = self.pieces[slot.path][slot.layer or 0]
+        # Rows that pad the vocabulary are left behind.
+        box = None if tensor.shape == slot.split else whole(slot.split)
+        return tensor.read(box).reshape(slot.shape).astype(self.dtype(slot), copy=False)
 
     def specs(self) -> Specs:
         specs: Specs = {name: (s.shape, self.dtype(s)) for name, s in self.table.items()}
@@ -261,9 +254,23 @@ class _Exporter:
             write_torch(folder / f"{ALIGNER}.bin", tensors)
 
 
-@jax.jit
-def _layer(stacked: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+def _pieces(cfg: SpeechLMConfig, params: Params | Pieces, parts: tuple[str, ...]) -> Pieces:
+    """The tensors of `parts`, one per layer.
+
+    Raises:
+      ConversionError: other parameters than `cfg` has (errors.py).
+    """
+    infos = {p: info for p, info in abstract_params(cfg).items() if p.split("/")[0] in parts}
+    if not all(isinstance(value, list) for value in params.values()):
+        nested = {part: params[part] for part in parts if part in params}
+        check_params(cfg, nested, parts)
+        stacked = {path for path, info in infos.items() if info.logical_axes[0] == "layers"}
+        return pieces_of(nested, stacked)
+    if missing := [path for path in infos if path not in params]:
+        raise MissingTensorError(
+            f"{len(missing)} parameters are not there:\n{listing(missing)}\nGive a source of every part."
+        )
+    return {path: params[path] for path in infos}
 
 
 def _shard(specs: Specs, max_bytes: int) -> list[Specs]:

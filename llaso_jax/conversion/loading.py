@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from llaso_jax.conversion.errors import UnmappedParameterError
-from llaso_jax.conversion.tensors import Tensor
+from llaso_jax.conversion.tensors import Tensor, target_dtype
 from llaso_jax.conversion.weights import Weights
 from llaso_jax.modeling.functional import Params, abstract_params, unflatten
 
@@ -56,17 +55,12 @@ def load_params(
             layers,
             stacked,
             default if shardings is None else shardings[path],
-            _target_dtype(layers[0], dtype),
+            target_dtype(layers[0], dtype),
         )
         flat[path] = array.block_until_ready()  # its host buffers go before the next one's come
         if progress is not None:
             progress(path, array.nbytes)
     return unflatten(flat)
-
-
-def _target_dtype(tensor: Tensor, dtype: Any) -> np.dtype:
-    wanted = tensor.dtype if dtype is None else jnp.dtype(dtype)
-    return np.dtype(np.float32) if wanted == np.float64 else wanted
 
 
 def _place(

@@ -6,7 +6,7 @@ beside them tokenizer files and generation_config.json as Hugging Face writes th
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
+from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.errors import (
     CorruptFileError,
     MissingTensorError,
@@ -22,8 +23,11 @@ from llaso_jax.conversion.errors import (
     UnmappedParameterError,
     listing,
 )
+from llaso_jax.conversion.orbax_tensors import StreamedParam, open_arrays, write_arrays
 from llaso_jax.conversion.source import read_json
 from llaso_jax.conversion.tables import PARTS
+from llaso_jax.conversion.tensors import target_dtype
+from llaso_jax.conversion.weights import Weights
 from llaso_jax.conversion.writing import GENERATION_CONFIG, TOKENIZER_FILES, copy_files, new_folder
 from llaso_jax.errors import CheckpointError
 from llaso_jax.modeling.functional import (
@@ -95,16 +99,82 @@ def save_model(
     """
     parts = tuple(part for part in PARTS if part in params)
     check_params(cfg, params, parts)
-    with new_folder(folder, overwrite=overwrite) as partial:
+
+    def write(path: Path) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / PARAMS, params)
+            checkpointer.save(path, params)
+
+    info = FolderInfo(cfg, parts, dict(hf_config or {}))
+    return _write_folder(folder, info, write, tokenizer_files_from, overwrite=overwrite)
+
+
+def stream_model(
+    folder: str | Path,
+    weights: Weights,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    tokenizer_files_from: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+) -> Path:
+    """Write a model folder of weights that are not read yet, never holding more than some blocks of them.
+
+    Args:
+      folder: where to.
+      weights: from `gather_weights` or `open_model`.
+      mesh: whose shards the stored chunks shall fit; any other mesh can read them too.
+      dtype: of all parameters; default what each source has (f64 becomes f32).
+      tokenizer_files_from: as in `save_model`.
+      overwrite: replace what is there.
+      progress: called with path and bytes after every parameter.
+
+    Returns:
+      The folder.
+
+    Raises:
+      TargetExistsError: the folder is not empty and `overwrite` is off.
+      ConversionError: damaged sources (errors.py), or a full disk.
+      ShardingError: parameters that do not split over `mesh`.
+    """
+    infos = _infos(weights.cfg, weights.parts)
+    shards = param_shardings(weights.cfg, mesh) if mesh is not None else {}
+    params = {}
+    for path, layers in weights.pieces.items():
+        shape, stacked = infos[path].shape, infos[path].logical_axes[0] == "layers"
+        chunk = shards[path].shard_shape(shape) if mesh is not None else shape
+        params[path] = StreamedParam(
+            shape=shape,
+            dtype=target_dtype(layers[0], dtype),
+            layers=tuple(layers),
+            stacked=stacked,
+            chunk=(1, *chunk[1:]) if stacked else chunk,
+        )
+
+    def write(path: Path) -> None:
+        write_arrays(path, params, progress)
+
+    info = FolderInfo(weights.cfg, weights.parts, weights.hf_config)
+    return _write_folder(folder, info, write, tokenizer_files_from, overwrite=overwrite)
+
+
+def _write_folder(
+    folder: str | Path,
+    info: FolderInfo,
+    write_params: Callable[[Path], None],
+    tokenizer_files_from: str | Path | None,
+    *,
+    overwrite: bool,
+) -> Path:
+    with new_folder(folder, overwrite=overwrite) as partial:
+        write_params(partial / PARAMS)
         if jax.process_index() == 0:
             config = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "parts": list(parts),
-                "model": dataclasses.asdict(cfg),
-                "hf_config": dict(hf_config or {}),
+                "parts": list(info.parts),
+                "model": dataclasses.asdict(info.cfg),
+                "hf_config": info.hf_config,
             }
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             source = Path(tokenizer_files_from) if tokenizer_files_from is not None else None
@@ -191,13 +261,7 @@ def load_model(
       CheckpointError: not a model folder, or without one of `parts`.
       ConversionError: parameters that are not those of its config.json (errors.py).
     """
-    info = read_info(folder)
-    absent = [part for part in parts if part not in info.parts]
-    if absent:
-        raise CheckpointError(
-            f"{folder} holds {', '.join(info.parts)} only; {', '.join(absent)} is needed too. Convert a "
-            "whole model: `llaso convert from-hf` with a Whisper and a Llama."
-        )
+    info, stored = _stored(folder, parts)
     if shardings is None:
         single = SingleDeviceSharding(jax.devices()[0])
         shardings = (
@@ -205,26 +269,16 @@ def load_model(
             if mesh is not None
             else dict.fromkeys(abstract_params(info.cfg), single)
         )
-    path = (Path(folder) / PARAMS).absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            tree = checkpointer.metadata(path).item_metadata.tree
-        except (FileNotFoundError, ValueError, AttributeError) as error:
-            raise CorruptFileError(f"{path} is not a whole Orbax checkpoint ({error}).") from error
-        stored = {name: leaf for name, leaf in flatten(tree).items() if name.split("/")[0] in parts}
-        infos = _infos(info.cfg, parts)
-        _compare(
-            stored.keys(), {name: leaf.shape for name, leaf in stored.items()}, infos, str(path)
+    target = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=shardings[name]
         )
-        target = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=shardings[name]
-            )
-            for name, leaf in stored.items()
-        }
-        nested = unflatten(target)
+        for name, leaf in stored.items()
+    }
+    nested = unflatten(target)
+    with ocp.PyTreeCheckpointer() as checkpointer:
         params = checkpointer.restore(
-            path,
+            _params_path(folder),
             args=ocp.args.PyTreeRestore(
                 item=nested,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
@@ -232,6 +286,59 @@ def load_model(
             ),
         )
     return info.cfg, params
+
+
+def open_model(folder: str | Path, *, parts: tuple[str, ...] | None = None) -> Weights:
+    """A model folder as weights that are read when they are needed, tensor by tensor.
+
+    Args:
+      folder: from `save_model` or `stream_model`.
+      parts: which parts; default those that are there.
+
+    Raises:
+      CheckpointError, ConversionError: as `load_model`.
+    """
+    info, stored = _stored(folder, parts)
+    infos = _infos(info.cfg, info.parts)
+    pieces: Pieces = {}
+    for name, tensor in open_arrays(_params_path(folder), list(stored)).items():
+        stacked = infos[name].logical_axes[0] == "layers"
+        pieces[name] = [tensor.layer(i) for i in range(tensor.shape[0])] if stacked else [tensor]
+    return Weights(
+        cfg=info.cfg,
+        parts=info.parts if parts is None else parts,
+        pieces=pieces,
+        hf_config=info.hf_config,
+        ignored=(),
+        notes=(),
+        source=Path(folder),
+    )
+
+
+def _params_path(folder: str | Path) -> Path:
+    return (Path(folder) / PARAMS).absolute()
+
+
+def _stored(folder: str | Path, parts: tuple[str, ...] | None) -> tuple[FolderInfo, dict[str, Any]]:
+    """What a model folder says it holds, and Orbax's metadata of those parameters, which agree."""
+    info = read_info(folder)
+    parts = info.parts if parts is None else parts
+    absent = [part for part in parts if part not in info.parts]
+    if absent:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(info.parts)} only; {', '.join(absent)} is needed too. Convert a "
+            "whole model: `llaso convert from-hf` with a Whisper and a Llama."
+        )
+    path = _params_path(folder)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(path).item_metadata.tree
+        except (FileNotFoundError, ValueError, AttributeError) as error:
+            raise CorruptFileError(f"{path} is not a whole Orbax checkpoint ({error}).") from error
+    stored = {name: leaf for name, leaf in flatten(tree).items() if name.split("/")[0] in parts}
+    shapes = {name: leaf.shape for name, leaf in stored.items()}
+    _compare(stored.keys(), shapes, _infos(info.cfg, parts), str(path))
+    return info, stored
 
 
 def _infos(cfg: SpeechLMConfig, parts: tuple[str, ...]) -> dict[str, ParamInfo]:
@@ -263,6 +370,8 @@ __all__ = [
     "FolderInfo",
     "is_model_folder",
     "load_model",
+    "open_model",
     "read_info",
     "save_model",
+    "stream_model",
 ]

@@ -196,14 +196,20 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a dictionary of tensors that `torch.load(path, weights_only=True)` reads."""
+    """Write a dictionary of tensors that `torch.load(path, weights_only=True)` reads.
+
+    The bytes depend on the tensors and the file's name alone, not on the clock.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        root = path.stem
-        archive.writestr(f"{root}/data.pkl", _pickle(tensors))
-        archive.writestr(f"{root}/byteorder", "little")
+
+        def add(name: str, data: bytes | str) -> None:
+            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), data)  # dated 1980-01-01
+
+        add("data.pkl", _pickle(tensors))
+        add("byteorder", "little")
         for key, value in enumerate(tensors.values()):
-            archive.writestr(f"{root}/data/{key}", np.ascontiguousarray(value).tobytes())
-        archive.writestr(f"{root}/version", "3\n")
+            add(f"data/{key}", np.ascontiguousarray(value).tobytes())
+        add("version", "3\n")
 
 
 def _pickle(tensors: Mapping[str, np.ndarray]) -> bytes:

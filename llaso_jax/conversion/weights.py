@@ -9,6 +9,7 @@ from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.errors import ConfigMismatchError
 from llaso_jax.conversion.llaso_config import ours_of
 from llaso_jax.conversion.projector_part import projector_part
+from llaso_jax.conversion.source import Source
 from llaso_jax.conversion.sources import Record, Sources
 from llaso_jax.conversion.tables import PARTS
 from llaso_jax.conversion.text_part import text_part
@@ -24,7 +25,7 @@ _TABLES = ("language_model/embed_tokens/weight", "language_model/lm_head/weight"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights of a whole model, or of one tower, ready for `load_params`.
+    """Weights of a whole model, or of one tower, ready for `load_params` and `stream_model`.
 
     Attributes:
       cfg: the model; parts that are not there have default sizes.
@@ -51,7 +52,7 @@ class Weights:
 
 
 def gather_weights(
-    *paths: str | Path,
+    *paths: str | Path | Source,
     audio_mode: str | None = None,
     projector_type: str | None = None,
     stack: int | None = None,
@@ -66,7 +67,7 @@ def gather_weights(
     One Whisper or one Llama alone gives that part.
 
     Args:
-      paths: folders or files, told apart by their content.
+      paths: folders or files, told apart by their content, or what `open_source` found there.
       audio_mode: what reaches the language model; default what the checkpoint says, else "padded".
       projector_type: of a random projector (default mlp2x_gelu); a given one must be of it.
       stack: frames stacked before it (default 1); a given one must have it.
