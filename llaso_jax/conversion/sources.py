@@ -10,7 +10,7 @@ from typing import Any
 from llaso_jax.conversion.binding import Pieces, bind, is_ignored
 from llaso_jax.conversion.errors import DuplicateTensorError, UnknownSourceError
 from llaso_jax.conversion.source import Kind, Source, open_source
-from llaso_jax.conversion.tables import LLASO, slots
+from llaso_jax.conversion.tables import LLASO, Slot, slots
 from llaso_jax.conversion.tensors import Tensor
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
@@ -49,10 +49,13 @@ class Place:
     tensors: dict[str, Tensor]
     config: Mapping[str, Any]
 
+    def needed(self, part: str, cfg: SpeechLMConfig) -> dict[str, Slot]:
+        """Every tensor that `part` of `cfg` has, under the names of this place."""
+        return slots(cfg, (part,), dataclasses.replace(LLASO, **{part: self.prefix}))
+
     def bind(self, part: str, cfg: SpeechLMConfig) -> Pieces:
         """The parameters of `part`, strictly."""
-        prefixes = dataclasses.replace(LLASO, **{part: self.prefix})
-        return bind(self.where, self.tensors, slots(cfg, (part,), prefixes))
+        return bind(self.where, self.tensors, self.needed(part, cfg))
 
 
 class Sources:
