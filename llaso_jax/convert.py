@@ -47,6 +47,8 @@ examples:
     llaso convert from-hf LLaSO-Base-3.8B-Instruct/ --output llaso/ --dtype bfloat16 --mesh 8x1
   a LLaSO checkpoint without its tower, with another projector
     llaso convert from-hf checkpoint/ --whisper whisper-large-v3/ --projector mm_audio_aligner.bin -o llaso/
+  a LLaSO checkpoint with a LoRA adapter of PEFT merged into it
+    llaso convert from-hf LLaSO-Base-3.8B-Instruct/ lora-adapter/ --output tuned/
   a CTranslate2 Whisper and a GGUF Llama
     llaso convert from-hf faster-whisper-tiny/ SmolLM2-135M-Instruct.gguf --output small/
   back to a LLaSO folder, and to folders transformers loads
@@ -314,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="*",
         metavar="SOURCE",
-        help="folders or files: a LLaSO checkpoint; a Whisper; a Llama; a projector file; a model folder",
+        help="folders or files: a LLaSO checkpoint; a Whisper; a Llama; a projector file; a LoRA adapter; a model folder",
     )
     read.add_argument("-o", "--output", required=True, help="model folder to write")
     read.add_argument(

@@ -23,14 +23,16 @@ from llaso_jax.conversion.torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["llaso", "whisper", "llama", "projector"]
+Kind = Literal["llaso", "whisper", "llama", "projector", "adapter"]
 
 ALIGNER = "mm_audio_aligner"
+ADAPTER_CONFIG = "adapter_config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _ACCEPTED = (
     "Accepted are folders of transformers or LLaSO (safetensors or .bin, single or sharded), "
-    "mm_audio_aligner files, CTranslate2 Whisper models and GGUF Llama files."
+    "mm_audio_aligner files, LoRA adapters of PEFT, CTranslate2 Whisper models and GGUF Llama files."
 )
 
 
@@ -83,10 +85,12 @@ def open_source(path: str | Path) -> Source:
             )
         (file_format,) = formats
         tensors, config = _read(files, file_format)
-    config_file = (path if path.is_dir() else path.parent) / "config.json"
+    adapter = any(".lora_" in name for name in tensors)
+    config_name = ADAPTER_CONFIG if adapter else "config.json"
+    config_file = (path if path.is_dir() else path.parent) / config_name
     if file_format in ("safetensors", "torch") and config_file.is_file():
         config = read_json(config_file)
-    kind = _kind(path, tensors, config)
+    kind = "adapter" if adapter else _kind(path, tensors, config)
     return Source(path, kind, file_format, tensors, config, tuple(files))
 
 
@@ -113,6 +117,9 @@ def _weight_files(folder: Path) -> list[Path]:
             if len(others) > 1:
                 logger.info("%s has %s; reading %s", folder, ", ".join(others), name)
             return _shards(folder / name) if name in _INDEXES else [folder / name]
+    for name in _ADAPTERS:
+        if (folder / name).is_file():
+            return [folder / name]
     parts = sorted(folder.glob("model.bin.part*"))
     if parts:
         return parts

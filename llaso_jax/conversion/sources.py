@@ -9,6 +9,7 @@ from typing import Any
 
 from llaso_jax.conversion.binding import Pieces, bind, is_ignored
 from llaso_jax.conversion.errors import DuplicateTensorError, UnknownSourceError
+from llaso_jax.conversion.lora_adapter import base_of, merge_adapter
 from llaso_jax.conversion.source import Kind, Source, open_source
 from llaso_jax.conversion.tables import LLASO, Slot, slots
 from llaso_jax.conversion.tensors import Tensor
@@ -63,7 +64,8 @@ class Sources:
 
     Raises:
       DuplicateTensorError: two of one kind, or a LLaSO checkpoint and another language model.
-      UnknownSourceError: no source at all, or a projector alone.
+      UnknownSourceError: no source at all, or a projector or an adapter alone.
+      ConversionError: a LoRA adapter that cannot be merged (lora_adapter.py).
     """
 
     def __init__(self, paths: Iterable[str | Path | Source], record: Record) -> None:
@@ -84,8 +86,12 @@ class Sources:
         if not (self.text or self.whisper):
             raise UnknownSourceError(
                 "a Whisper, a Llama or a LLaSO checkpoint is needed"
-                + (", besides the projector." if self.projector else ".")
+                + (f", besides {given}." if (given := " and ".join(self._by_kind)) else ".")
             )
+        if adapter := self._by_kind.get("adapter"):
+            base = base_of(adapter, [source for source in (self.text, self.whisper) if source])
+            self._by_kind[base.kind] = merge_adapter(base, adapter)
+            record.note(f"{adapter.path} (LoRA) is merged into {base.path}")
 
     @property
     def llaso(self) -> Source | None:
