@@ -183,9 +183,17 @@ def test_another_mesh_continues_with_the_same_losses(folder, tmp_path):
     assert max(np.abs(ours[p] - theirs[p]).max() for p in theirs) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("SIGINT", 0),
+        ("SIGTERM", 0),
+        # Grain waits up to 25 s for a worker process that is closed before its data ends.
+        pytest.param("SIGTERM", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_says_how_to_continue(
-    folder, undisturbed, monkeypatch, tmp_path, capsys, name: str
+    folder, undisturbed, monkeypatch, tmp_path, capsys, name: str, workers: int
 ):
     """At a step that is not saved otherwise; the run that continues from there is the undisturbed one."""
     _, expected, _, expected_params = undisturbed
@@ -202,6 +210,7 @@ def test_a_signal_saves_and_says_how_to_continue(
         str(write_recipe(tmp_path, two_stages(folder))),
         "--output",
         str(tmp_path / "run"),
+        *(f"stages.{stage}.data.num_workers={workers}" for stage in (0, 1)),
     ]
     with monkeypatch.context() as patch:
         patch.setattr(loop.StageRun, "_report", signalled)
