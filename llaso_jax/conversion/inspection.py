@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llaso_jax.conversion.adapter_description import ADAPTER, adapter_part
 from llaso_jax.conversion.errors import CorruptFileError, listing
 from llaso_jax.conversion.inspection_commands import folder_commands, source_commands
 from llaso_jax.conversion.llaso_config import check_llaso, check_width, ours_of
@@ -51,7 +52,7 @@ class Inspection:
 
     Attributes:
       path: what was asked about.
-      kind: llaso, whisper, llama, projector, or model folder.
+      kind: llaso, whisper, llama, projector, adapter, or model folder.
       format: how the tensors are stored.
       files: number of files they are in.
       nbytes: bytes of those files.
@@ -119,6 +120,8 @@ def _source(source: Source) -> Inspection:
     tokenizer = None
     if source.kind == "projector":
         parts.append(_projector(side_file_place(source), None, None))
+    elif source.kind == "adapter":
+        parts.append(adapter_part(source))
     else:
         sources = Sources([source], record)
         text = tower = None
@@ -143,7 +146,7 @@ def _source(source: Source) -> Inspection:
             if place is not None:
                 width = tower.d_model if tower else source.config.get("mm_audio_hidden_size")
                 parts.append(_projector(place, width, text and text.hidden_size))
-    parts.sort(key=lambda part: PARTS.index(part.name))
+    parts.sort(key=lambda part: (*PARTS, ADAPTER).index(part.name))
     return Inspection(
         path=source.path,
         kind=source.kind,

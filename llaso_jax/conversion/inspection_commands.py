@@ -15,6 +15,9 @@ def source_commands(source: Source, parts: Collection[str]) -> dict[str, str]:
     if source.kind == "projector":
         made = "a whole model, with the WHISPER and the LLAMA it was trained between"
         return {made: _from_hf("WHISPER", "LLAMA", "--projector", path)}
+    if source.kind == "adapter":
+        base = source.config.get("base_model_name_or_path")
+        return {f"its BASE ({base}) with it merged in": _from_hf("BASE", path)}
     if source.kind in ("whisper", "llama"):
         other, part = {
             "whisper": ("LLAMA", "the audio tower"),

@@ -18,6 +18,7 @@ KINDS = {
     "whisper": "Whisper",
     "llama": "Llama",
     "projector": "projector of a LLaSO model",
+    "adapter": "LoRA adapter",
     "model folder": "model folder of llaso_jax",
 }
 
@@ -114,7 +115,8 @@ def _part_problems(part: Part) -> Iterator[str]:
         ("of another shape than the configuration asks for", wrong),
     ):
         if names:
-            yield f"{part.name}: {len(names)} tensors are {what}:\n{listing(names)}"
+            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+            yield f"{part.name}: {count} {what}:\n{listing(names)}"
 
 
 def _tokenizer(check: TokenizerCheck) -> Iterator[Text]:
@@ -165,10 +167,17 @@ def _text(sizes: Sizes) -> str:
     ).format(**sizes, padding=padding, head=head, rope=rope)
 
 
+def _adapter(sizes: Sizes) -> str:
+    kind = "rsLoRA" if sizes["use_rslora"] else "LoRA"
+    line = "{pairs} pairs of rank {r}, alpha {lora_alpha}, trained on {base_model_name_or_path}"
+    return f"{kind}, {line.format(**sizes)}"
+
+
 _SENTENCES: dict[str, Callable[[Sizes], str]] = {
     "audio_tower": _tower,
     "projector": _projector,
     "language_model": _text,
+    "adapter": _adapter,
 }
 
 

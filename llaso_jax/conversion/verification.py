@@ -12,7 +12,6 @@ from llaso_jax.conversion.output_comparison import (
     compare_outputs,
     default_clip,
 )
-from llaso_jax.conversion.source import open_source
 from llaso_jax.conversion.tables import PARTS
 from llaso_jax.conversion.tensor_comparison import TensorDifference, compare_tensors
 from llaso_jax.conversion.weights import Weights, gather_weights
@@ -109,17 +108,7 @@ def open_weights(paths: Sequence[str | Path]) -> Weights:
     """
     if len(paths) == 1 and Path(paths[0]).is_dir() and is_model_folder(paths[0]):
         return open_model(paths[0])
-    sources = [open_source(path) for path in paths]
-    if sorted(source.kind for source in sources) != ["llama", "whisper"]:
-        return gather_weights(*sources)
-    parts = [gather_weights(source) for source in sources]
-    text, tower = sorted(parts, key=lambda weights: "language_model" not in weights.parts)
-    return dataclasses.replace(
-        text,
-        cfg=dataclasses.replace(text.cfg, audio=tower.cfg.audio),
-        parts=(*tower.parts, *text.parts),
-        pieces={**tower.pieces, **text.pieces},
-    )
+    return gather_weights(*paths, new_projector=False)
 
 
 def verify(

@@ -57,6 +57,7 @@ def gather_weights(
     projector_type: str | None = None,
     stack: int | None = None,
     seed: int = 0,
+    new_projector: bool = True,
     vocab_size: int | None = None,
     vocab_multiple_of: int = 1,
 ) -> Weights:
@@ -72,6 +73,7 @@ def gather_weights(
       projector_type: of a random projector (default mlp2x_gelu); a given one must be of it.
       stack: frames stacked before it (default 1); a given one must have it.
       seed: of a random projector.
+      new_projector: make one where a Whisper and a Llama come without; else they stay two parts.
       vocab_size: embedding rows needed: new ones are the mean of the old. Never fewer than there are.
       vocab_multiple_of: pad the embedding rows with zeros to a multiple of it.
 
@@ -94,14 +96,14 @@ def gather_weights(
         cfg = dataclasses.replace(cfg, audio=tower[0])
         pieces |= tower[1]
         parts.append("audio_tower")
-    if len(parts) == 2:
+    if len(parts) == 2 and (new_projector or sources.llaso or sources.projector):
         projector, found = projector_part(
             sources, record, cfg, projector_type=projector_type, stack=stack, seed=seed
         )
         cfg = dataclasses.replace(cfg, projector=projector)
         pieces |= found
         parts.append("projector")
-    elif sources.projector is not None:
+    elif len(parts) == 1 and sources.projector is not None:
         raise ConfigMismatchError(
             f"{sources.projector.path} is a projector, but only one of its two sides was given: give a "
             "Whisper and a Llama with it."
