@@ -53,10 +53,14 @@ def main() -> None:
         for task, results in rows.items():
             results.append(child(args, task))
     differing = compare(args.work / "llaso", args.work / "exported")
-    print(f"size {args.size}, mesh {args.mesh}, {'cold' if args.cold else 'warm'} cache, bfloat16, ")
+    print(
+        f"size {args.size}, mesh {args.mesh}, {'cold' if args.cold else 'warm'} cache, bfloat16, "
+    )
     print(f"{args.repeats} repeats; load average now {os.getloadavg()[0]:.1f}")
     print(f"exported files that differ from the first: {differing or 'none'}")
-    print("| task | seconds: median (least to most) | x transformers | peak memory above base, GB |")
+    print(
+        "| task | seconds: median (least to most) | x transformers | peak memory above base, GB |"
+    )
     print("|---|---|---|---|")
     reference = statistics.median(row["seconds"] for row in rows["transformers"])
     for task, results in rows.items():

@@ -69,6 +69,17 @@ def test_there_and_back(root, capsys):
     assert params["projector"]["linear_0"]["weight"].dtype == np.float32
 
 
+def test_any_source_goes_straight_to_stock_folders_and_a_projector_file(root, capsys):
+    out = ("--llama", root / "l", "--whisper", root / "w", "--projector", root / "p.bin")
+    assert run("to-hf", root / "model", *out) == 0
+    pair = (root / "w", root / "l", root / "p.bin")
+    assert run("verify", root / "model", *pair, "--weights-only") == 0
+    assert run("to-hf", root / "model", "--projector", root / "p.bin") == 1
+    assert "p.bin is there already" in capsys.readouterr().err
+    assert run("to-hf", root / "model", "--projector", root / "p.bin", "--overwrite") == 0
+    assert not list(root.glob(".*"))
+
+
 def test_whisper_and_llama_with_a_tokenizer(root):
     from transformers import AutoTokenizer
 
@@ -158,4 +169,4 @@ def test_documented_commands_are_understood():
     assert len(commands) > 12
     for command in commands:
         args = _parser().parse_args(shlex.split(command))
-        assert args.run.__name__ == command.split()[0].replace("-", "_")
+        assert args.command == command.split()[0]

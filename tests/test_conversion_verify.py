@@ -294,4 +294,4 @@ def test_documented_commands_are_understood():
     assert len(commands) > 10
     for command in commands:
         args = _parser().parse_args(shlex.split(command))
-        assert args.run.__name__ == command.split()[0]
+        assert args.command == command.split()[0]

@@ -9,6 +9,7 @@ from llaso_jax.conversion.exporting import (
     ExportOptions,
     export_llama,
     export_llaso,
+    export_projector,
     export_whisper,
 )
 from llaso_jax.conversion.loading import load_params
@@ -27,6 +28,7 @@ __all__ = [
     "Weights",
     "export_llama",
     "export_llaso",
+    "export_projector",
     "export_whisper",
     "gather_weights",
     "grow_vocabulary",

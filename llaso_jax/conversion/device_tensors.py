@@ -31,6 +31,11 @@ class DeviceTensor:
         """Its dtype."""
         return np.dtype(self.array.dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """No: every slice would be a program of its own."""
+        return False
+
     def read(self, box: Box | None = None) -> np.ndarray:
         """Values inside `box`, on the host."""
         array = self.array if self.index is None else _layer(self.array, self.index)

@@ -3,11 +3,13 @@
 Tensors leave the devices, or the files they come from, one by one while the file is written.
 """
 
+import collections
 import dataclasses
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from llaso_jax.conversion.model_folder import check_params
 from llaso_jax.conversion.safetensors_file import write_safetensors
 from llaso_jax.conversion.source import ALIGNER
 from llaso_jax.conversion.tables import LLASO, PARTS, Prefixes, Slot, slots
-from llaso_jax.conversion.tensors import FLOAT_DTYPES, target_dtype, whole
+from llaso_jax.conversion.tensors import FLOAT_DTYPES, row_boxes, target_dtype
 from llaso_jax.conversion.torch_file import write_torch
 from llaso_jax.conversion.writing import (
     GENERATION_CONFIG,
     TOKENIZER_FILES,
     copy_files,
+    new_file,
     new_folder,
 )
 from llaso_jax.modeling.functional import Params, abstract_params
@@ -95,7 +98,7 @@ def export_llaso(
     config = llaso_to_hf(cfg, dtype=tensors.main_dtype, source=hf_config or {}, tower=tower_name)
     with new_folder(folder, overwrite=options.overwrite) as partial:
         tensors.write(partial)
-        tensors.write_aligner(partial)
+        tensors.write_aligner(partial / f"{ALIGNER}.bin")
         _write_text_files(partial, config, files_from)
     return Path(folder).absolute()
 
@@ -162,6 +165,22 @@ def export_whisper(
     return Path(folder).absolute()
 
 
+def export_projector(
+    path: str | Path, cfg: SpeechLMConfig, params: Params | Pieces, *, overwrite: bool = False
+) -> Path:
+    """Write the projector alone, as upstream's stage 1 leaves it (mm_audio_aligner.bin); by one process.
+
+    Raises:
+      TargetExistsError: the file is there and `overwrite` is off.
+      ConversionError: parameters that are not those of `cfg` (errors.py), or a full disk.
+    """
+    parts = ("projector",)
+    tensors = _Exporter(cfg, params, parts, slots(cfg, parts), ExportOptions())
+    with new_file(path, overwrite=overwrite) as partial:
+        tensors.write_aligner(partial)
+    return Path(path).absolute()
+
+
 class _Exporter:
     """The tensors of one folder: their specifications at once, their values one by one."""
 
@@ -195,12 +214,12 @@ class _Exporter:
             sizes[name] = sizes.get(name, 0) + math.prod(slot.shape)
         return max(sizes, key=lambda name: sizes[name])
 
-    def value(self, slot: Slot) -> np.ndarray:
-        """One tensor as it is written, on the host."""
-        tensor = self.pieces[slot.path][slot.layer or 0]
-        # Rows that pad the vocabulary are left behind.
-        box = None if tensor.shape == slot.split else whole(slot.split)
-        return tensor.read(box).reshape(slot.shape).astype(self.dtype(slot), copy=False)
+    def blocks(self, slot: Slot) -> Iterator[Callable[[], np.ndarray]]:
+        """The values of one tensor on the host, in rows that follow each other, read when called."""
+        tensor, dtype = self.pieces[slot.path][slot.layer or 0], self.dtype(slot)
+        # slot.split leaves rows that pad the vocabulary behind.
+        for box in row_boxes(tensor, slot.split):
+            yield lambda box=box: tensor.read(box).astype(dtype, copy=False)
 
     def specs(self) -> Specs:
         specs: Specs = {name: (s.shape, self.dtype(s)) for name, s in self.table.items()}
@@ -209,15 +228,18 @@ class _Exporter:
         }
 
     def values(self, specs: Specs) -> Iterator[np.ndarray]:
-        for name, (_, dtype) in specs.items():
-            value = (
-                self.extra[name].astype(dtype)
-                if name in self.extra
-                else self.value(self.table[name])
-            )
-            if self.options.progress is not None:
-                self.options.progress(name, value.nbytes)
-            yield value
+        """The values of all of `specs` in their order, in blocks; one is read while another is written."""
+
+        def jobs() -> Iterator[Callable[[], np.ndarray]]:
+            for name, (shape, dtype) in specs.items():
+                if name in self.extra:
+                    yield lambda name=name, dtype=dtype: self.extra[name].astype(dtype)
+                else:
+                    yield from self.blocks(self.table[name])
+                if self.options.progress is not None:
+                    self.options.progress(name, math.prod(shape) * dtype.itemsize)
+
+        return _read_ahead(jobs())
 
     def write(self, folder: Path) -> None:
         """One .safetensors file, or several and their index."""
@@ -243,15 +265,15 @@ class _Exporter:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(folder / "model.safetensors.index.json", index)
 
-    def write_aligner(self, folder: Path) -> None:
+    def write_aligner(self, path: Path) -> None:
         """The projector alone, as upstream's stage 1 leaves it."""
         tensors = {
-            name: self.value(slot)
+            name: np.concatenate([read() for read in self.blocks(slot)]).reshape(slot.shape)
             for name, slot in self.table.items()
             if name.startswith(LLASO.projector)
         }
         if jax.process_index() == 0:
-            write_torch(folder / f"{ALIGNER}.bin", tensors)
+            write_torch(path, tensors)
 
 
 def _pieces(cfg: SpeechLMConfig, params: Params | Pieces, parts: tuple[str, ...]) -> Pieces:
@@ -271,6 +293,18 @@ def _pieces(cfg: SpeechLMConfig, params: Params | Pieces, parts: tuple[str, ...]
             f"{len(missing)} parameters are not there:\n{listing(missing)}\nGive a source of every part."
         )
     return {path: params[path] for path in infos}
+
+
+def _read_ahead(jobs: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """Results in order. One thread runs them: where processes gather an array, all keep to one order."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: collections.deque[Future[np.ndarray]] = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _shard(specs: Specs, max_bytes: int) -> list[Specs]:

@@ -142,13 +142,13 @@ def stream_model(
     params = {}
     for path, layers in weights.pieces.items():
         shape, stacked = infos[path].shape, infos[path].logical_axes[0] == "layers"
-        chunk = shards[path].shard_shape(shape) if mesh is not None else shape
+        shard = shards[path].shard_shape(shape) if mesh is not None else shape
         params[path] = StreamedParam(
             shape=shape,
             dtype=target_dtype(layers[0], dtype),
             layers=tuple(layers),
             stacked=stacked,
-            chunk=(1, *chunk[1:]) if stacked else chunk,
+            shard=(1, *shard[1:]) if stacked else shard,
         )
 
     def write(path: Path) -> None:

@@ -140,12 +140,12 @@ def write_safetensors(
     specs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     values: Iterable[np.ndarray],
 ) -> None:
-    """Write tensors one after the other; only one of them is in memory at a time.
+    """Write tensors one after the other, in blocks; only some blocks are in memory at a time.
 
     Args:
       path: file to write.
       specs: name -> shape and dtype, in the order of `values`.
-      values: the tensors, made as they are asked for.
+      values: the tensors, each whole or in rows that follow each other, made as they are asked for.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -159,10 +159,18 @@ def write_safetensors(
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # the library aligns the data to 8 bytes too
-    with path.open("wb") as file:
+    blocks = iter(values)
+    with path.open("wb", buffering=0) as file:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
-        for (name, (shape, dtype)), value in zip(specs.items(), values, strict=True):
-            assert value.shape == shape, (name, value.shape, shape)
-            assert value.dtype == dtype, (name, value.dtype, dtype)
-            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        for name, (shape, dtype) in specs.items():
+            left = math.prod(shape) * dtype.itemsize
+            while left:
+                block = next(blocks)
+                assert block.dtype == dtype, (name, block.dtype, dtype)
+                assert block.nbytes <= left, (name, block.shape, shape)
+                left -= block.nbytes
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                while data:
+                    data = data[file.write(data) :]
+    assert next(blocks, None) is None, "more blocks than specs"

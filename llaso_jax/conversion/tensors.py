@@ -7,7 +7,8 @@ themselves on demand. Nothing stays in memory and no file stays open in between.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from llaso_jax.conversion.errors import CorruptFileError
 Box = tuple[slice, ...]
 """One slice with explicit start and stop per axis."""
 
+BLOCK_BYTES = 64_000_000
+"""What is read at a time where weights stream from file to file."""
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_DTYPES: tuple[np.dtype, ...] = (
     np.dtype(np.float32),
@@ -39,6 +42,11 @@ class Tensor(Protocol):
     @property
     def dtype(self) -> np.dtype:
         """Its dtype as stored."""
+        ...
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether reading some rows of the first axis costs no more than those rows."""
         ...
 
     def read(self, box: Box | None = None) -> np.ndarray:
@@ -64,6 +72,26 @@ def whole(shape: tuple[int, ...]) -> Box:
     return tuple(slice(0, size) for size in shape)
 
 
+def row_boxes(
+    tensor: Tensor, shape: tuple[int, ...], *, block_bytes: int = BLOCK_BYTES, multiple: int = 1
+) -> Iterator[Box]:
+    """Boxes of consecutive rows that make up `shape`, the first rows of `tensor`, to be read in turn.
+
+    Args:
+      tensor: one that cannot be read by rows has one box.
+      shape: that of `tensor`, or with fewer rows.
+      block_bytes: the least that is read at a time, as long as there are rows left.
+      multiple: rows of every box but the last are a multiple of it.
+    """
+    rows, *columns = shape
+    step = rows
+    if tensor.by_rows:
+        bytes_of_multiple = multiple * math.prod(columns) * tensor.dtype.itemsize
+        step = multiple * max(1, block_bytes // max(1, bytes_of_multiple))
+    for start in range(0, rows, max(1, step)):
+        yield (slice(start, min(start + step, rows)), *whole(tuple(columns)))
+
+
 class ByteFile:
     """Read-only bytes of one file, or of several that continue each other."""
 
@@ -87,22 +115,32 @@ class ByteFile:
                 f"{self} ends at byte {self.size}, but bytes {offset} to {offset + count} are needed: "
                 "it is cut short. Copy or download it again."
             )
-        out = np.empty(count, np.uint8)
-        done = 0
-        for path, end, start in zip(self.paths, self.ends, [0, *self.ends], strict=False):
-            if done == count or offset + done >= end:
-                continue
-            part = min(count - done, end - offset - done)
-            with path.open("rb", buffering=0) as file:
-                file.seek(offset + done - start)
-                view = out[done : done + part].data
-                while view:
-                    got = file.readinto(view)
-                    if not got:
-                        raise CorruptFileError(f"{path} became shorter while it was read.")
-                    view = view[got:]
-            done += part
-        return out
+        starts = [0, *self.ends]
+        for path, end, start in zip(self.paths, self.ends, starts, strict=False):
+            if start <= offset and offset + count <= end:
+                return _map(path, offset - start, count)
+        parts = []
+        for path, end, start in zip(self.paths, self.ends, starts, strict=False):
+            first, last = max(offset, start), min(offset + count, end)
+            if first < last:
+                parts.append(_map(path, first - start, last - first))
+        return np.concatenate(parts)
+
+
+def _map(path: Path, offset: int, count: int) -> np.ndarray:
+    """u8[count], read-only and mapped: nothing is copied, and the pages are the kernel's to take back."""
+    if not count:
+        return np.empty(0, np.uint8)
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        try:
+            pages = mmap.mmap(
+                file.fileno(), skipped + count, access=mmap.ACCESS_READ, offset=offset - skipped
+            )
+        except ValueError as error:
+            raise CorruptFileError(f"{path} became shorter while it was read ({error}).") from error
+    pages.madvise(mmap.MADV_WILLNEED)
+    return np.frombuffer(pages, np.uint8, count, skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +153,11 @@ class FileTensor:
     dtype: np.dtype
 
     @property
+    def by_rows(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Bytes it takes up in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -122,8 +165,9 @@ class FileTensor:
     def read(self, box: Box | None = None) -> np.ndarray:
         """Values inside `box`: only its rows of the first axis are read from the file."""
         if not self.shape or box is None:
-            flat = self.file.read(self.offset, self.nbytes)
-            return flat.view(self.dtype).reshape(self.shape)
+            flat = self.file.read(self.offset, self.nbytes).view(self.dtype)
+            # Files need not align their tensors; arrays have to be.
+            return (flat if flat.flags.aligned else flat.copy()).reshape(self.shape)
         rows = self.rows(box[0].start, box[0].stop)
         return rows.read()[(slice(None), *box[1:])]
 
@@ -150,6 +194,11 @@ class ComputedTensor:
     dtype: np.dtype
     compute: Callable[[], np.ndarray]
     stored: str | None = None
+
+    @property
+    def by_rows(self) -> bool:
+        """No: all of it is computed."""
+        return False
 
     def read(self, box: Box | None = None) -> np.ndarray:
         """Values inside `box`; the whole tensor is computed for it."""

@@ -198,12 +198,12 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a dictionary of tensors that `torch.load(path, weights_only=True)` reads.
 
-    The bytes depend on the tensors and the file's name alone, not on the clock.
+    The bytes depend on the tensors alone, not on the clock.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, data: bytes | str) -> None:
-            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), data)  # dated 1980-01-01
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)  # dated 1980-01-01
 
         add("data.pkl", _pickle(tensors))
         add("byteorder", "little")

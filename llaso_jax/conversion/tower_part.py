@@ -103,7 +103,7 @@ def tower_config(place: Place, record: Record) -> WhisperConfig:
       ConfigMismatchError, UnsupportedConfigError: a configuration that does not fit this model.
     """
     config = {k: v for k, v in place.config.items() if v is not None}
-    if not _SIZES <= config.keys():
+    if not config.keys() >= _SIZES:
         config = {**_sizes(place), **config}
     if HEADS not in config:
         width = config["d_model"]

@@ -23,6 +23,11 @@ class GrownRows:
         self.shape = (total, table.shape[1])
         self.dtype = table.dtype
 
+    @property
+    def by_rows(self) -> bool:
+        """As its table."""
+        return self.table.by_rows
+
     def read(self, box: Box | None = None) -> np.ndarray:
         """Values inside `box`."""
         rows, columns = box or whole(self.shape)

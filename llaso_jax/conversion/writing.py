@@ -27,13 +27,22 @@ TOKENIZER_FILES = (
 GENERATION_CONFIG = "generation_config.json"
 
 
-def check_target(folder: str | Path, *, overwrite: bool) -> Path:
-    """The absolute path of a folder that may be written.
+def check_target(folder: str | Path, *, overwrite: bool, file: bool = False) -> Path:
+    """The absolute path of a folder (or `file`) that may be written.
 
     Raises:
-      TargetExistsError: it has something in it and `overwrite` is off, or it is a file.
+      TargetExistsError: it is there with something in it and `overwrite` is off, or it is a file where
+        a folder is to be written, or the other way round.
     """
     folder = Path(folder).absolute()
+    if file:
+        if folder.is_dir():
+            raise TargetExistsError(f"{folder} is a folder; a file is to be written.")
+        if folder.exists() and not overwrite:
+            raise TargetExistsError(
+                f"{folder} is there already. Choose another file, or replace it with --overwrite."
+            )
+        return folder
     if folder.exists() and not folder.is_dir():
         raise TargetExistsError(f"{folder} is a file; a folder is to be written.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -77,6 +86,28 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A file to write, which takes its name when the block ends without an error.
+
+    Raises:
+      TargetExistsError: see `check_target`.
+      ConversionError: the disk is full, or not writable.
+    """
+    target = check_target(path, overwrite=overwrite, file=True)
+    partial = target.with_name(f".{target.name}.incomplete")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        raise ConversionError(
+            f"{target} could not be written ({error}); nothing was left behind."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _replace(target: Path, partial: Path) -> None:
