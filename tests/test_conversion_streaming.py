@@ -1,5 +1,8 @@
 """Weights stream: any mesh's shards, one block in memory at a time, each byte read once, all or nothing."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -134,6 +137,35 @@ def test_what_breaks_off_leaves_nothing_and_can_be_repeated(spied, checkpoint, t
     Spied.limit = float("inf")
     stream_model(tmp_path / "m", spied)
     assert open_model(tmp_path / "m").parts == spied.parts
+
+
+SLOW_CONVERSION = """
+import sys, time
+from llaso_jax.conversion import gather_weights, stream_model
+stream_model(sys.argv[2], gather_weights(sys.argv[1]), overwrite=True,
+             progress=lambda *_: (print("begun", flush=True), time.sleep(60)))
+"""
+
+
+@pytest.mark.parametrize("before", ["nothing", "an earlier model"])
+def test_a_kill_leaves_what_was_there_and_the_same_call_works_again(checkpoint, tmp_path, before):
+    target = tmp_path / "m"
+    if before != "nothing":
+        stream_model(target, gather_weights(checkpoint), dtype="bfloat16")
+    command = [sys.executable, "-c", SLOW_CONVERSION, str(checkpoint), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()
+    assert (tmp_path / ".m.incomplete").is_dir()
+    if before == "nothing":
+        assert not target.exists()
+    else:
+        kept = open_model(target).pieces["projector/linear_0/weight"][0]
+        assert str(kept.dtype) == "bfloat16"
+    stream_model(target, gather_weights(checkpoint), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert str(open_model(target).pieces["projector/linear_0/weight"][0].dtype) == "float32"
 
 
 def test_parts_that_are_not_there_are_named(checkpoint, tmp_path):

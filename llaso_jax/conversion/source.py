@@ -17,6 +17,7 @@ from llaso_jax.conversion.errors import (
 )
 from llaso_jax.conversion.gguf_file import MAGIC as GGUF_MAGIC
 from llaso_jax.conversion.gguf_file import read_gguf
+from llaso_jax.conversion.hub import HUB_ID, fetch
 from llaso_jax.conversion.safetensors_file import looks_like_safetensors, read_safetensors
 from llaso_jax.conversion.tensors import ByteFile, Tensor
 from llaso_jax.conversion.torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch
@@ -32,7 +33,8 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _ACCEPTED = (
     "Accepted are folders of transformers or LLaSO (safetensors or .bin, single or sharded), "
-    "mm_audio_aligner files, LoRA adapters of PEFT, CTranslate2 Whisper models and GGUF Llama files."
+    "mm_audio_aligner files, LoRA adapters of PEFT, CTranslate2 Whisper models, GGUF Llama files "
+    "and ids of the Hugging Face hub (owner/name)."
 )
 
 
@@ -65,11 +67,16 @@ class Source:
 def open_source(path: str | Path) -> Source:
     """Find out what is at `path` and list its tensors.
 
+    Args:
+      path: a file, a folder, or an id on the Hugging Face hub (hub.py).
+
     Raises:
       UnknownSourceError: nothing there, or no weights in a known format.
       ConversionError: a damaged file, in one of its classes (errors.py).
     """
     path = Path(path)
+    if not path.exists() and HUB_ID.fullmatch(str(path)):
+        path = fetch(str(path))
     if not path.exists():
         raise UnknownSourceError(f"{path} does not exist. {_ACCEPTED}")
     files = [path] if path.is_file() else _weight_files(path)
