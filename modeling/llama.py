@@ -206,11 +206,16 @@ class LlamaModel(nnx.Module):
         weight = use(self.embed_tokens["weight"], ("vocab", "embed"), self.compute.jnp_dtype)
         return constrain(jnp.take(weight, tokens, axis=0), "batch", "sequence", "embed")
 
+    def head(self, dtype: jnp.dtype) -> jax.Array:
+        """[padded vocabulary, D] output embeddings: the input's where they are tied."""
+        table = self.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head
+        return use(table["weight"], ("vocab", "embed"), dtype)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, A, D] -> f32[B, A, padded vocabulary]; padded entries are -1e30."""
-        table = self.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head
-        weight = use(table["weight"], ("vocab", "embed"), hidden.dtype)
-        logits = jnp.einsum("BAD,VD->BAV", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "BAD,VD->BAV", hidden, self.head(hidden.dtype), preferred_element_type=jnp.float32
+        )
         if self.cfg.padded_vocab_size > self.cfg.vocab_size:
             real = jnp.arange(self.cfg.padded_vocab_size) < self.cfg.vocab_size
             logits = jnp.where(real[None, None], logits, -1e30)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.frames import AUDIO_MODES, AudioMode
+from llaso_jax.modeling.kernels.cross_entropy import cross_entropy
 from llaso_jax.modeling.llama import KVCache, LlamaConfig, LlamaModel
 from llaso_jax.modeling.projector import Projector, ProjectorConfig
 from llaso_jax.modeling.whisper import WhisperConfig, WhisperEncoder
@@ -87,19 +88,32 @@ class SpeechLM(nnx.Module):
         The head costs 14 % of a 3 B decoder's FLOPs when it runs everywhere; answers are a few per cent
         of the positions.
         """
-        index = jnp.maximum(batch["answer_index"], 0)[..., None]
-        return self.language_model.logits(jnp.take_along_axis(self.hidden(batch), index, axis=1))
+        return self.language_model.logits(self._at_answers(batch))
 
-    def row_losses(self, batch: Batch) -> jax.Array:
-        """Sum of the cross-entropy of `answer_token` over each row's supervised positions, f32[B]."""
-        logits = self.answer_logits(batch)
-        target = jnp.take_along_axis(logits, batch["answer_token"][..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - target
-        return jnp.where(batch["answer_index"] >= 0, losses, 0).sum(-1)
+    def _at_answers(self, batch: Batch) -> jax.Array:
+        """[B, A, D] hidden states at `answer_index` (the first position where that is -1)."""
+        index = jnp.maximum(batch["answer_index"], 0)[..., None]
+        return jnp.take_along_axis(self.hidden(batch), index, axis=1)
+
+    def losses(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy of `answer_token`, without all logits at once (kernels/cross_entropy).
+
+        Returns:
+          f32[], the sum over all supervised positions, and f32[B], that of each row, without a gradient.
+        """
+        hidden = self._at_answers(batch)
+        total, losses = cross_entropy(
+            hidden,
+            self.language_model.head(hidden.dtype),
+            batch["answer_token"],
+            batch["answer_index"] >= 0,
+            vocab_size=self.cfg.text.vocab_size,
+        )
+        return total, losses.sum(-1)
 
     def loss_sum(self, batch: Batch) -> jax.Array:
         """Sum of the cross-entropy over all supervised positions, f32[]."""
-        return self.row_losses(batch).sum()
+        return self.losses(batch)[0]
 
     def prefill(self, batch: Batch, *, max_length: int) -> tuple[jax.Array, KVCache]:
         """Read right-padded prompts (segment 1, padding 0).

@@ -75,8 +75,7 @@ def _train_step(
     )
 
     def summed_loss(trained: Params, frozen: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        rows = bind(cfg, merge(trained, frozen), compute).row_losses(micro)
-        return rows.sum(), rows
+        return bind(cfg, merge(trained, frozen), compute).losses(micro)
 
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
