@@ -161,6 +161,19 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def parts_of(logical_axis: str) -> int:
+    """How many parts the active rules cut an activation's axis into; 1 when no rules are active.
+
+    Raises:
+      ShardingError: the axis has no rule.
+    """
+    active = _active.get()
+    mesh, rules = active or (None, FSDP_TENSOR)
+    (entry,) = to_spec((logical_axis,), rules.activation)
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names) if mesh is not None else 1
+
+
 def gather(weight: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
     """Bring a stored weight to its layout in use (FSDP all-gather; its gradient is reduce-scattered)."""
     active = _active.get()

@@ -1,5 +1,6 @@
 """Cross-entropy in chunks is cross-entropy: values, gradients, padding, meshes, and nothing it should not compute."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -57,7 +58,7 @@ def assert_close(actual, expected, tolerance=1e-6):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 13, 64])
+@pytest.mark.parametrize("chunk", [1, 4 * 5, 4 * 13, 256])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_gradients_are_those_of_the_plain_form(case, options, chunk):
     expected = case.grads(reference_cross_entropy, **options)
@@ -68,7 +69,7 @@ def test_a_position_that_does_not_count_costs_and_changes_nothing(case):
     ruined = dataclasses.replace(
         case, hidden=jnp.where(case.valid[..., None], case.hidden, jnp.nan)
     )
-    loss, losses, d_hidden, _ = ruined.grads(cross_entropy, chunk=5)
+    loss, losses, d_hidden, _ = ruined.grads(cross_entropy, chunk=4 * 5)
     assert np.isfinite(loss)
     assert not np.asarray(losses)[~np.asarray(case.valid)].any()
     assert not np.asarray(d_hidden)[~np.asarray(case.valid)].any()
@@ -76,8 +77,8 @@ def test_a_position_that_does_not_count_costs_and_changes_nothing(case):
 
 def test_a_row_that_is_not_finite_leaves_the_losses_of_others_alone(case):
     ruined = dataclasses.replace(case, hidden=case.hidden.at[1].set(jnp.inf))
-    _, losses, _, _ = ruined.grads(cross_entropy, chunk=5)
-    _, expected, _, _ = case.grads(cross_entropy, chunk=5)
+    _, losses, _, _ = ruined.grads(cross_entropy, chunk=4 * 5)
+    _, expected, _, _ = case.grads(cross_entropy, chunk=4 * 5)
     assert np.isnan(np.asarray(losses)[1]).any()
     np.testing.assert_array_equal(np.asarray(losses)[[0, 2, 3]], np.asarray(expected)[[0, 2, 3]])
 
@@ -109,7 +110,7 @@ def test_bfloat16_products_sum_in_float32(case):
         hidden=half.hidden.astype(jnp.float32),
         table=half.table.astype(jnp.float32),
     )
-    loss, losses, d_hidden, d_table = half.grads(cross_entropy, chunk=4)
+    loss, losses, d_hidden, d_table = half.grads(cross_entropy, chunk=4 * B)
     expected = exact.grads(reference_cross_entropy)
     assert_close((loss, losses), expected[:2])  # products of bf16 are exact in f32
     assert (d_hidden.dtype, d_table.dtype) == (jnp.bfloat16, jnp.bfloat16)
@@ -128,7 +129,7 @@ def test_every_mesh_gives_the_same(case, mesh):
         valid=jnp.concatenate([case.valid] * 2),
     )
     with use_rules(make_mesh(mesh), FSDP_TENSOR):
-        loss, losses, d_hidden, d_table = wide.grads(cross_entropy, vocab_size=91, chunk=5)
+        loss, losses, d_hidden, d_table = wide.grads(cross_entropy, vocab_size=91, chunk=10)
     assert_close(
         (loss / 2, losses[:B], losses[B:], d_hidden[:B], d_table / 2),
         (*expected[:2], *expected[1:]),
@@ -156,7 +157,7 @@ def products(function, *arguments) -> list[tuple[int, ...]]:
 
 def test_a_frozen_table_gets_no_gradient_and_no_logits_are_kept(case):
     def total(hidden, table):
-        return cross_entropy(hidden, table, case.targets, case.valid, chunk=4)[0]
+        return cross_entropy(hidden, table, case.targets, case.valid, chunk=4 * B)[0]
 
     arguments = (case.hidden, case.table)
     assert products(total, *arguments) == [(B, 4, V)]
@@ -166,6 +167,19 @@ def test_a_frozen_table_gets_no_gradient_and_no_logits_are_kept(case):
     assert sorted(trained) == sorted([(B, 4, V), (B, 4, D), (V, D)])
     only_table = products(jax.grad(total, argnums=1), *arguments)
     assert sorted(only_table) == sorted([(B, 4, V), (V, D)])
+
+
+@pytest.mark.parametrize(("mesh", "columns"), [(None, 1), ("2x4", 3), ("8x1", 12)])
+def test_a_chunk_is_what_one_device_holds(case, mesh, columns):
+    hidden, targets, valid = (
+        jnp.concatenate([array] * 2) for array in (case.hidden, case.targets, case.valid)
+    )
+
+    def total(hidden):
+        return cross_entropy(hidden, case.table, targets, valid, chunk=12)[0]
+
+    with use_rules(make_mesh(mesh), FSDP_TENSOR) if mesh else contextlib.nullcontext():
+        assert products(total, hidden) == [(8, columns, V)]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llaso_jax.sharding.rules import constrain
+from llaso_jax.sharding.rules import constrain, parts_of
 
 CHUNK = 256
-"""Positions of each row whose logits are there at a time: 131 MB in f32 at 128,256 entries."""
+"""Positions whose logits a device has at a time: 131 MB in f32 at 128,256 entries."""
 MASKED = -1e30
 
 
@@ -24,7 +24,7 @@ class Options(NamedTuple):
     vocab_size: int
     label_smoothing: float
     z_loss: float
-    chunk: int
+    columns: int  # positions of each row that are worked on at a time
 
 
 class _Sums(NamedTuple):
@@ -59,7 +59,7 @@ def cross_entropy(
       vocab_size: rows of the table that are tokens; the others pad it. Default: all.
       label_smoothing: share s of the aim that is spread over all tokens.
       z_loss: weight w that keeps the normalizer near 1 (PaLM, arXiv 2204.02311, section 5).
-      chunk: positions of each row that are worked on at a time.
+      chunk: positions that a device works on at a time, of all its rows together.
 
     Returns:
       f32[] sum, and f32[B, A] the losses themselves: 0 where not valid, without a gradient.
@@ -67,7 +67,8 @@ def cross_entropy(
     Raises:
       ValueError: a chunk that is not positive, smoothing outside [0, 1), or a vocabulary larger than the table.
     """
-    options = Options(vocab_size or table.shape[0], label_smoothing, z_loss, chunk)
+    rows = -(-len(hidden) // parts_of("batch"))
+    options = Options(vocab_size or table.shape[0], label_smoothing, z_loss, max(1, chunk // rows))
     if chunk < 1:
         raise ValueError(f"chunk={chunk} positions: at least 1 is needed.")
     if not 0 <= label_smoothing < 1:
@@ -78,8 +79,7 @@ def cross_entropy(
     return total, jax.lax.stop_gradient(losses)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(
+def _value(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, valid: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     sums, losses, _ = _run(hidden, table, targets, valid, options, d_hidden=False, d_table=False)
@@ -88,7 +88,10 @@ def _cross_entropy(
 
 def _forward(hidden: Any, table: Any, targets: Any, valid: Any, options: Options):
     sums, losses, d_hidden = _run(
-        *(argument.value for argument in (hidden, table, targets, valid)),
+        hidden.value,
+        table.value,
+        targets.value,
+        valid.value,
         options,
         d_hidden=hidden.perturbed,
         d_table=table.perturbed,
@@ -108,6 +111,7 @@ def _backward(options: Options, residuals: tuple[Any, Any], cotangents: tuple[An
     return d_hidden, d_table, None, None
 
 
+_cross_entropy = jax.custom_vjp(_value, nondiff_argnums=(4,))
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
@@ -125,15 +129,15 @@ def _run(
     step = functools.partial(_chunk, table, options, d_hidden)
     sums = _Sums(jnp.zeros(()), jnp.zeros(table.shape, jnp.float32) if d_table else None)
     length = targets.shape[1]
-    if length <= options.chunk:
+    if length <= options.columns:
         sums, (losses, gradient) = step(sums, (hidden, targets, valid))
         return sums, losses, gradient
-    count = -(-length // options.chunk)
+    count = -(-length // options.columns)
 
     def cut(array: jax.Array) -> jax.Array:
-        """[B, A, ...] -> [count, B, chunk, ...], padded."""
-        pad = [(0, 0), (0, count * options.chunk - length)] + [(0, 0)] * (array.ndim - 2)
-        cut = jnp.pad(array, pad).reshape(len(array), count, options.chunk, *array.shape[2:])
+        """[B, A, ...] -> [count, B, columns, ...], padded."""
+        pad = [(0, 0), (0, count * options.columns - length)] + [(0, 0)] * (array.ndim - 2)
+        cut = jnp.pad(array, pad).reshape(len(array), count, options.columns, *array.shape[2:])
         return jnp.moveaxis(cut, 1, 0)
 
     def join(array: jax.Array) -> jax.Array:
