@@ -1,13 +1,16 @@
 """The one attention call of the project."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
+from llaso_jax.modeling.kernels.attention.chunked import chunked_attention
 from llaso_jax.modeling.kernels.attention.reference import reference_attention
 from llaso_jax.sharding.rules import constrain
 
-Implementation = Literal["auto", "reference"]
+Implementation = Literal["auto", "reference", "chunked"]
+LARGE = 1 << 20
+"""Scores of one row and head (S*T) from which on `auto` no longer holds them all at once."""
 
 
 def attention(
@@ -31,7 +34,8 @@ def attention(
       causal: index-based causal masking (needs S == T).
       q_segment_ids: i32[B, S]; None = one segment.
       kv_segment_ids: i32[B, T]; None = one segment. Given together with q_segment_ids.
-      implementation: a named implementation, or auto: the fastest that supports the case.
+      implementation: `reference` holds all scores; `chunked` those of some queries, and computes them
+        again for gradients; `auto` is `chunked` where one row and head has LARGE scores or more.
 
     Returns:
       [B, S, N, H] in the dtype of q. Softmax runs in f32.
@@ -49,12 +53,18 @@ def attention(
         )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("give both q_segment_ids and kv_segment_ids, or neither.")
-    if implementation not in ("auto", "reference"):
-        raise ValueError(f"attention implementation {implementation!r}: choose auto or reference.")
+    names = get_args(Implementation)
+    if implementation not in names:
+        raise ValueError(
+            f"attention implementation {implementation!r}: choose one of {', '.join(names)}."
+        )
     q = constrain(q, "batch", "sequence", "heads", "head_dim")
     k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
     v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
-    out = reference_attention(
+    if implementation == "auto":
+        implementation = "chunked" if q.shape[1] * k.shape[1] >= LARGE else "reference"
+    compute = chunked_attention if implementation == "chunked" else reference_attention
+    out = compute(
         q, k, v, causal=causal, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids
     )
     return constrain(out, "batch", "sequence", "heads", "head_dim")
