@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llaso_jax.conversion.binding import Pieces
-from llaso_jax.conversion.tensors import Box
+from llaso_jax.conversion.tensors import Box, whole
 from llaso_jax.modeling.functional import Params, flatten
 
 
@@ -39,7 +39,7 @@ class DeviceTensor:
     def read(self, box: Box | None = None) -> np.ndarray:
         """Values inside `box`, on the host."""
         array = self.array if self.index is None else _layer(self.array, self.index)
-        if box is not None:
+        if box not in (None, whole(self.shape)):
             array = array[box]
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             return np.asarray(multihost_utils.process_allgather(array, tiled=True))
