@@ -34,6 +34,11 @@ class ParamInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis is the layers."""
+        return self.logical_axes[0] == "layers"
+
 
 @functools.lru_cache(maxsize=16)
 def _abstract(cfg: SpeechLMConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, nnx.State]:

@@ -171,8 +171,7 @@ def make_checkpoint(args: argparse.Namespace) -> Callable[[], None]:
 
     pieces = {}
     for path, info in abstract_params(cfg).items():
-        stacked = info.logical_axes[0] == "layers"
-        shapes = [info.shape[1:]] * info.shape[0] if stacked else [info.shape]
+        shapes = [info.shape[1:]] * info.shape[0] if info.stacked else [info.shape]
         pieces[path] = [tensor(f"{path}/{i}", shape) for i, shape in enumerate(shapes)]
 
     def make() -> None:

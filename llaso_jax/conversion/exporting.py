@@ -25,7 +25,7 @@ from llaso_jax.conversion.llaso_config import llaso_to_hf
 from llaso_jax.conversion.model_folder import check_params
 from llaso_jax.conversion.safetensors_file import write_safetensors
 from llaso_jax.conversion.source import ALIGNER
-from llaso_jax.conversion.tables import LLASO, PARTS, Prefixes, Slot, slots
+from llaso_jax.conversion.tables import LLASO, PARTS, Prefixes, Slot, part_infos, slots
 from llaso_jax.conversion.tensors import FLOAT_DTYPES, row_boxes, target_dtype
 from llaso_jax.conversion.torch_file import write_torch
 from llaso_jax.conversion.writing import (
@@ -35,7 +35,7 @@ from llaso_jax.conversion.writing import (
     new_file,
     new_folder,
 )
-from llaso_jax.modeling.functional import Params, abstract_params
+from llaso_jax.modeling.functional import Params
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
 logger = logging.getLogger(__name__)
@@ -282,11 +282,11 @@ def _pieces(cfg: SpeechLMConfig, params: Params | Pieces, parts: tuple[str, ...]
     Raises:
       ConversionError: other parameters than `cfg` has (errors.py).
     """
-    infos = {p: info for p, info in abstract_params(cfg).items() if p.split("/")[0] in parts}
+    infos = part_infos(cfg, parts)
     if not all(isinstance(value, list) for value in params.values()):
         nested = {part: params[part] for part in parts if part in params}
         check_params(cfg, nested, parts)
-        stacked = {path for path, info in infos.items() if info.logical_axes[0] == "layers"}
+        stacked = {path for path, info in infos.items() if info.stacked}
         return pieces_of(nested, stacked)
     if missing := [path for path in infos if path not in params]:
         raise MissingTensorError(

@@ -29,7 +29,6 @@ def fetch(hub_id: str) -> Path:
 
     match = HUB_ID.fullmatch(hub_id)
     assert match is not None, hub_id
-    folder = None
     for patterns in _WEIGHTS:
         try:
             folder = Path(

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 from llaso_jax.conversion.adapter_description import ADAPTER, adapter_part
 from llaso_jax.conversion.errors import CorruptFileError, listing
 from llaso_jax.conversion.inspection_commands import folder_commands, source_commands
 from llaso_jax.conversion.llaso_config import check_llaso, check_width, ours_of
-from llaso_jax.conversion.model_folder import PARAMS, is_model_folder, read_info
+from llaso_jax.conversion.model_folder import PARAMS, is_model_folder, read_info, read_metadata
 from llaso_jax.conversion.part_description import (
     Part,
     Sizes,
@@ -38,7 +37,7 @@ from llaso_jax.conversion.text_part import LM_HEAD, text_config, text_place
 from llaso_jax.conversion.tokenizer_check import TokenizerCheck, check_tokenizer_files
 from llaso_jax.conversion.tower_part import tower_config, tower_place
 from llaso_jax.errors import ConversionError
-from llaso_jax.modeling.functional import abstract_params, flatten
+from llaso_jax.modeling.functional import abstract_params
 from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.modeling.whisper import WhisperConfig
@@ -254,7 +253,7 @@ def _settings(source: Source) -> Sizes:
 
 def _model_folder(path: Path) -> Inspection:
     info = read_info(path)
-    tensors = _stored(path)
+    tensors = read_metadata(path)
     needed = {name: leaf.shape for name, leaf in abstract_params(info.cfg).items()}
     cfg = info.cfg
     sizes = {
@@ -303,15 +302,3 @@ def _model_folder(path: Path) -> Inspection:
         notes=(),
         commands=folder_commands(path, info.parts),
     )
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    """Orbax's metadata of every parameter, by path."""
-    params = (path / PARAMS).absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            return flatten(checkpointer.metadata(params).item_metadata.tree)
-        except (FileNotFoundError, ValueError, AttributeError) as error:
-            raise CorruptFileError(
-                f"{params} is not a whole Orbax checkpoint ({error})."
-            ) from error

@@ -53,7 +53,7 @@ def load_params(
                 f"{path} has no sharding among the {len(shardings)} given."
             )
         info = infos[path]
-        stacked = info.logical_axes[0] == "layers"
+        stacked = info.stacked
         array = _place(
             info.shape,
             layers,

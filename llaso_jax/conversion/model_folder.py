@@ -25,7 +25,7 @@ from llaso_jax.conversion.errors import (
 )
 from llaso_jax.conversion.orbax_tensors import StreamedParam, open_arrays, write_arrays
 from llaso_jax.conversion.source import read_json
-from llaso_jax.conversion.tables import PARTS
+from llaso_jax.conversion.tables import PARTS, part_infos
 from llaso_jax.conversion.tensors import target_dtype
 from llaso_jax.conversion.weights import Weights
 from llaso_jax.conversion.writing import GENERATION_CONFIG, TOKENIZER_FILES, copy_files, new_folder
@@ -137,11 +137,11 @@ def stream_model(
       ConversionError: damaged sources (errors.py), or a full disk.
       ShardingError: parameters that do not split over `mesh`.
     """
-    infos = _infos(weights.cfg, weights.parts)
+    infos = part_infos(weights.cfg, weights.parts)
     shards = param_shardings(weights.cfg, mesh) if mesh is not None else {}
     params = {}
     for path, layers in weights.pieces.items():
-        shape, stacked = infos[path].shape, infos[path].logical_axes[0] == "layers"
+        shape, stacked = infos[path].shape, infos[path].stacked
         shard = shards[path].shard_shape(shape) if mesh is not None else shape
         params[path] = StreamedParam(
             shape=shape,
@@ -184,7 +184,7 @@ def _write_folder(
 
 def check_params(cfg: SpeechLMConfig, params: Params, parts: tuple[str, ...]) -> None:
     """Raise unless `params` are exactly the parameters of `parts` of the model `cfg`."""
-    infos = _infos(cfg, parts)
+    infos = part_infos(cfg, parts)
     flat = flatten(params)
     _compare(flat.keys(), {path: leaf.shape for path, leaf in flat.items()}, infos, "params")
 
@@ -299,10 +299,10 @@ def open_model(folder: str | Path, *, parts: tuple[str, ...] | None = None) -> W
       CheckpointError, ConversionError: as `load_model`.
     """
     info, stored = _stored(folder, parts)
-    infos = _infos(info.cfg, info.parts)
+    infos = part_infos(info.cfg, info.parts)
     pieces: Pieces = {}
     for name, tensor in open_arrays(_params_path(folder), list(stored)).items():
-        stacked = infos[name].logical_axes[0] == "layers"
+        stacked = infos[name].stacked
         pieces[name] = [tensor.layer(i) for i in range(tensor.shape[0])] if stacked else [tensor]
     return Weights(
         cfg=info.cfg,
@@ -329,20 +329,26 @@ def _stored(folder: str | Path, parts: tuple[str, ...] | None) -> tuple[FolderIn
             f"{folder} holds {', '.join(info.parts)} only; {', '.join(absent)} is needed too. Convert a "
             "whole model: `llaso convert from-hf` with a Whisper and a Llama."
         )
-    path = _params_path(folder)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            tree = checkpointer.metadata(path).item_metadata.tree
-        except (FileNotFoundError, ValueError, AttributeError) as error:
-            raise CorruptFileError(f"{path} is not a whole Orbax checkpoint ({error}).") from error
-    stored = {name: leaf for name, leaf in flatten(tree).items() if name.split("/")[0] in parts}
+    stored = {
+        name: leaf for name, leaf in read_metadata(folder).items() if name.split("/")[0] in parts
+    }
     shapes = {name: leaf.shape for name, leaf in stored.items()}
-    _compare(stored.keys(), shapes, _infos(info.cfg, parts), str(path))
+    _compare(stored.keys(), shapes, part_infos(info.cfg, parts), str(_params_path(folder)))
     return info, stored
 
 
-def _infos(cfg: SpeechLMConfig, parts: tuple[str, ...]) -> dict[str, ParamInfo]:
-    return {p: info for p, info in abstract_params(cfg).items() if p.split("/")[0] in parts}
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Orbax's metadata (shape, dtype) of every parameter in a model folder, by path.
+
+    Raises:
+      CorruptFileError: there is no whole Orbax checkpoint in it.
+    """
+    path = _params_path(folder)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            return flatten(checkpointer.metadata(path).item_metadata.tree)
+        except (FileNotFoundError, ValueError, AttributeError) as error:
+            raise CorruptFileError(f"{path} is not a whole Orbax checkpoint ({error}).") from error
 
 
 def _compare(

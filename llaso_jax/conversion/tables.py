@@ -6,7 +6,7 @@ embedding rows may be padded here and never are there (`vocab`).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from llaso_jax.conversion.errors import UnmappedParameterError, listing
 from llaso_jax.modeling.functional import ParamInfo, abstract_params
@@ -118,6 +118,13 @@ class Slot:
     split: tuple[int, ...]
 
 
+def part_infos(cfg: SpeechLMConfig, parts: Collection[str]) -> dict[str, ParamInfo]:
+    """The parameters of `parts` of the model, by path."""
+    return {
+        path: info for path, info in abstract_params(cfg).items() if path.split("/")[0] in parts
+    }
+
+
 def slots(
     cfg: SpeechLMConfig, parts: tuple[str, ...] = PARTS, prefixes: Prefixes = LLASO
 ) -> dict[str, Slot]:
@@ -138,9 +145,7 @@ def slots(
         "audio_tower": cfg.audio.encoder_layers,
         "language_model": cfg.text.num_hidden_layers,
     }
-    infos = {
-        path: info for path, info in abstract_params(cfg).items() if path.split("/")[0] in parts
-    }
+    infos = part_infos(cfg, parts)
     result: dict[str, Slot] = {}
     for part in parts:
         for prefix, rows in tables[part]:

@@ -8,11 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llaso_jax.conversion.tensors import Box, ComputedTensor, Tensor, whole
+from llaso_jax.conversion.tensors import BLOCK_BYTES, Tensor, row_boxes
 from llaso_jax.conversion.weights import Weights
 
-BLOCK_BYTES = 64_000_000
-"""What is read of each side at a time."""
 _PIECE = 1 << 20  # elements compared at a time: their f64 copies stay small
 
 
@@ -109,7 +107,9 @@ def _compare(
         common = (min(a.shape[0], b.shape[0]), *a.shape[1:])
         for index, pair in enumerate(zip(a.layers, b.layers, strict=False)):
             equal = True
-            for box in _boxes(common, pair):
+            # Blocks that the one with larger rows allows; a single one if either has to be computed.
+            larger = max(pair, key=lambda tensor: (not tensor.by_rows, tensor.dtype.itemsize))
+            for box in row_boxes(larger, common, block_bytes=BLOCK_BYTES):
                 x, y = (
                     np.ascontiguousarray(side.read(box).astype(wanted, copy=False)).reshape(-1)
                     for side, wanted in zip(pair, dtypes, strict=True)
@@ -138,16 +138,6 @@ def _compare(
 
 def _shape(path: str, side: _Side) -> tuple[int, ...]:
     return (len(side.layers), *side.shape) if "/layers/" in path else side.shape
-
-
-def _boxes(shape: tuple[int, ...], pair: tuple[Tensor, Tensor]) -> Iterator[Box]:
-    """Blocks of rows; one for a tensor that would be computed anew for each."""
-    row = math.prod(shape[1:]) * max(tensor.dtype.itemsize for tensor in pair)
-    step = max(1, BLOCK_BYTES // max(row, 1))
-    if any(isinstance(tensor, ComputedTensor) for tensor in pair):
-        step = shape[0]
-    for start in range(0, shape[0], max(step, 1)):
-        yield (slice(start, min(start + step, shape[0])), *whole(shape[1:]))
 
 
 @dataclasses.dataclass(frozen=True)

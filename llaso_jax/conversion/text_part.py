@@ -9,7 +9,7 @@ from llaso_jax.conversion.errors import ConfigMismatchError, MissingTensorError
 from llaso_jax.conversion.hf_config import llama_from_hf
 from llaso_jax.conversion.source import Source
 from llaso_jax.conversion.sources import Place, Record, Sources, prefix_of
-from llaso_jax.conversion.tensors import Tensor, whole
+from llaso_jax.conversion.tensors import Tensor, row_boxes
 from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
@@ -86,9 +86,4 @@ def _without_tied_head(place: Place, record: Record) -> Place:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or len(a.shape) != 2:
         return False
-    block = 8192
-    return all(
-        np.array_equal(a.read((rows, columns)), b.read((rows, columns)))
-        for start in range(0, a.shape[0], block)
-        for rows, columns in [(slice(start, min(start + block, a.shape[0])), whole(a.shape)[1])]
-    )
+    return all(np.array_equal(a.read(box), b.read(box)) for box in row_boxes(a, a.shape))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.reference import MASKED
+from llaso_jax.modeling.kernels.chunks import cut, join
 
 CHUNK = 256
 """Queries of a row and head whose scores are there at a time."""
@@ -80,7 +81,7 @@ def _forward(
         )
 
     _, results = jax.lax.scan(step, None, _parts(q, segments, chunk))
-    out, top, log_sum = (_join(chunks, q.shape[1]) for chunks in results)
+    out, top, log_sum = (join(chunks, q.shape[1]) for chunks in results)
     return out, (q, k, v, segments, out, top, log_sum)
 
 
@@ -108,9 +109,9 @@ def _backward(causal: bool, chunk: int, saved, d_out: jax.Array):
         return (d_k, d_v), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    others = tuple(_cut(array, chunk) for array in (d_out, top, log_sum, mean))
+    others = tuple(cut(array, chunk) for array in (d_out, top, log_sum, mean))
     (d_k, d_v), d_q = jax.lax.scan(step, zeros, (_parts(q, segments, chunk), others))
-    return _join(d_q, q.shape[1]), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return join(d_q, q.shape[1]), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attention = jax.custom_vjp(_value, nondiff_argnums=(4, 5))
@@ -127,9 +128,9 @@ class _Part(NamedTuple):
 
 def _parts(q: jax.Array, segments: Segments | None, chunk: int) -> _Part:
     """All queries, chunk by chunk along a new first axis."""
-    queries = _cut(q, chunk)
+    queries = cut(q, chunk)
     index = jnp.arange(len(queries) * chunk).reshape(len(queries), chunk)
-    return _Part(queries, index, None if segments is None else _cut(segments.q, chunk))
+    return _Part(queries, index, None if segments is None else cut(segments.q, chunk))
 
 
 def _scores(
@@ -148,17 +149,3 @@ def _scores(
         return scores, None
     mask = mask[:, None, None]
     return jnp.where(mask, scores, MASKED), mask
-
-
-def _cut(array: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, ...] -> [count, B, chunk, ...], padded with zeros."""
-    count = -(-array.shape[1] // chunk)
-    pad = [(0, 0), (0, count * chunk - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
-    cut = jnp.pad(array, pad).reshape(len(array), count, chunk, *array.shape[2:])
-    return jnp.moveaxis(cut, 1, 0)
-
-
-def _join(chunks: jax.Array, length: int) -> jax.Array:
-    """Inverse of `_cut`."""
-    joined = jnp.moveaxis(chunks, 0, 1)
-    return joined.reshape(len(joined), -1, *chunks.shape[3:])[:, :length]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llaso_jax.modeling.kernels.chunks import cut, join
 from llaso_jax.sharding.rules import constrain, parts_of
 
 CHUNK = 256
@@ -132,20 +133,9 @@ def _run(
     if length <= options.columns:
         sums, (losses, gradient) = step(sums, (hidden, targets, valid))
         return sums, losses, gradient
-    count = -(-length // options.columns)
-
-    def cut(array: jax.Array) -> jax.Array:
-        """[B, A, ...] -> [count, B, columns, ...], padded."""
-        pad = [(0, 0), (0, count * options.columns - length)] + [(0, 0)] * (array.ndim - 2)
-        cut = jnp.pad(array, pad).reshape(len(array), count, options.columns, *array.shape[2:])
-        return jnp.moveaxis(cut, 1, 0)
-
-    def join(array: jax.Array) -> jax.Array:
-        joined = jnp.moveaxis(array, 0, 1)
-        return joined.reshape(len(joined), -1, *array.shape[3:])[:, :length]
-
-    sums, outputs = jax.lax.scan(step, sums, (cut(hidden), cut(targets), cut(valid)))
-    losses, gradient = jax.tree.map(join, outputs)
+    parts = tuple(cut(array, options.columns) for array in (hidden, targets, valid))
+    sums, outputs = jax.lax.scan(step, sums, parts)
+    losses, gradient = jax.tree.map(lambda chunks: join(chunks, length), outputs)
     return sums, losses, gradient
 
 
