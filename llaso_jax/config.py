@@ -23,7 +23,8 @@ from llaso_jax.data.prompt import PromptConfig
 from llaso_jax.errors import ConfigError
 from llaso_jax.modeling.compute import ComputeConfig, RematPolicy
 from llaso_jax.modeling.kernels.attention.api import Implementation
-from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.modeling.lora import LoraRule
+from llaso_jax.modeling.speech_lm import LossConfig, SpeechLMConfig
 from llaso_jax.training.optimizer import OptimizerConfig, ParameterRule
 
 RECIPES = Path(__file__).parent / "configs"
@@ -87,6 +88,7 @@ class StageConfig:
       data: training data and batches.
       parameters: which parameters are trained; the first rule whose pattern matches a path decides.
       optimizer: AdamW and its schedule.
+      loss: what is minimized besides the cross-entropy.
       accumulation: micro-batches per optimizer step (data.rows must be a multiple); the result is
         that of one large batch.
       max_steps: optimizer steps; null runs through data.epochs.
@@ -97,6 +99,7 @@ class StageConfig:
     data: DataConfig
     parameters: tuple[ParameterRule, ...]
     optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     accumulation: int = 1
     max_steps: int | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -168,12 +171,13 @@ class RunConfig:
       weights: model folder (of `llaso convert from-hf`, or of an earlier run) to start from; null for
         random weights of `model`.
       model: architecture; null takes it from `weights`.
+      lora: adapters to add to the model; which of them are trained, a stage's `parameters` say.
       stages: stages in order; each starts from the weights of the one before.
       prompt: chat format and system prompt.
       precision: dtypes, rematerialization, attention.
       checkpoint: saving.
       logging: metrics.
-      seed: seed of random weights (data order has its own, data.seed).
+      seed: seed of random weights and of dropout (data order has its own, data.seed).
     """
 
     name: str
@@ -182,6 +186,7 @@ class RunConfig:
     description: str = ""
     weights: str | None = None
     model: SpeechLMConfig | None = None
+    lora: tuple[LoraRule, ...] = ()
     prompt: PromptConfig = PromptConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

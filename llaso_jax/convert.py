@@ -23,6 +23,9 @@ examples:
     llaso convert from-hf checkpoint/ --whisper whisper-large-v3/ --projector mm_audio_aligner.bin -o llaso/
   a LLaSO checkpoint with a LoRA adapter of PEFT merged into it
     llaso convert from-hf LLaSO-Base-3.8B-Instruct/ lora-adapter/ --output tuned/
+  the same adapter kept apart, to train it further; and written for PEFT again, with a Llama it was trained on
+    llaso convert from-hf LLaSO-Base-3.8B-Instruct/ lora-adapter/ --keep-adapter --output tuned/
+    llaso convert to-hf tuned/ --adapter lora-adapter/ --llama hf-llama/
   a CTranslate2 Whisper and a GGUF Llama
     llaso convert from-hf faster-whisper-tiny/ SmolLM2-135M-Instruct.gguf --output small/
   back to a LLaSO folder, and to folders transformers loads
@@ -154,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         help="mesh whose shards the stored chunks shall fit, such as 8x1; any other mesh can read them too",
     )
     read.add_argument(
+        "--keep-adapter",
+        action="store_true",
+        help="keep a LoRA adapter apart from the weights (default: merge it into them)",
+    )
+    read.add_argument(
         "--vocab-multiple-of",
         type=int,
         default=1,
@@ -178,6 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.add_argument(
         "--projector", metavar="FILE", help="also write the projector alone here (.bin)"
+    )
+    write.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="also write the model's LoRA adapters here, in PEFT's layout; what else is written is then without "
+        "them (default: they are merged)",
     )
     write.add_argument(
         "--no-tower", action="store_true", help="leave the audio tower out of the LLaSO folder"

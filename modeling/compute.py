@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from llaso_jax.modeling.dropout import layer_keys, use_dropout
 from llaso_jax.modeling.kernels.attention.api import Implementation
 
 RematPolicy = Literal["none", "dots", "layer"]
@@ -34,8 +35,34 @@ class ComputeConfig:
         return jnp.dtype(self.dtype)
 
 
-def rematerialize(body: Callable, policy: RematPolicy) -> Callable:
-    """Wrap the body of a scan over layers in the named rematerialization policy."""
+def scan_layers(
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    layers: Any,
+    policy: RematPolicy,
+) -> tuple[jax.Array, Any]:
+    """Run `x` through a stack of layers: `body(x, layer)` gives the next x and what is kept of the layer.
+
+    Args:
+      body: traced once. Its dropout, if any is active, has a key of its own for each layer.
+      x: input of the first layer.
+      layers: parameters with a leading axis of layers.
+      policy: what the backward pass recomputes.
+
+    Returns:
+      The output of the last layer, and what was kept, stacked.
+    """
+    num = jax.tree.leaves(layers)[0].shape[0]
+
+    def step(x: jax.Array, scanned: tuple[Any, jax.Array | None]):
+        layer, key = scanned
+        with use_dropout(key):
+            return body(x, layer)
+
+    return jax.lax.scan(_rematerialize(step, policy), x, (layers, layer_keys(num)))
+
+
+def _rematerialize(body: Callable, policy: RematPolicy) -> Callable:
     if policy == "none":
         return body
     saved = (

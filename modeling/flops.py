@@ -5,6 +5,7 @@ they match 2.27 TFLOP for 30 s through Whisper-large-v3's encoder.
 """
 
 from llaso_jax.modeling.frames import CONV_STRIDE, encoder_frames, projected_frames
+from llaso_jax.modeling.functional import abstract_params
 from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.modeling.whisper import WhisperConfig
@@ -52,10 +53,20 @@ def train_flops(
 ) -> float:
     """FLOPs of a training step without rematerialization.
 
-    A trained part costs 3 forwards. A frozen decoder costs 2 (no weight gradients) plus the weight-free
-    attention product a third time; a frozen encoder costs 1. The projector is always trained.
+    A trained part costs 3 forwards. A frozen part that gradients pass through costs 2 (no weight gradients) plus
+    the weight-free attention product a third time: the decoder always, the encoder if it has adapters. A
+    frozen encoder without costs 1. The projector and all adapters are always trained.
+
+    Args:
+      cfg: the model.
+      chunks, mel_frames: audio chunks of a batch, and their length.
+      rows, positions: rows of a batch, and their length.
+      answers: supervised positions of a batch.
+      trains_encoder, trains_decoder: whether their own weights are trained, not only adapters.
     """
     encoder = encoder_flops(cfg.audio, mel_frames) * chunks
+    frames = encoder_frames(mel_frames)
+    encoder_attention = 4 * cfg.audio.encoder_layers * cfg.audio.d_model * frames**2 * chunks
     projector = projector_flops(cfg, mel_frames) * chunks
     decoder = decoder_flops(cfg.text, positions) * rows
     attention = (
@@ -63,8 +74,27 @@ def train_flops(
     ) * (positions**2 * rows)
     head = head_flops(cfg.text, answers)
     frozen_decoder = 2 * (decoder - attention) + 3 * attention + 2 * head
+    in_encoder = _adapter_params(cfg, "audio_tower")
+    frozen_encoder = 2 * encoder + encoder_attention if in_encoder else encoder
+    adapters = (
+        in_encoder * frames * chunks
+        + _adapter_params(cfg, "projector")
+        * projected_frames(mel_frames, stack=cfg.projector.stack)
+        * chunks
+        + _adapter_params(cfg, "language_model") * positions * rows
+    )
     return (
-        (3 if trains_encoder else 1) * encoder
+        (3 * encoder if trains_encoder else frozen_encoder)
         + 3 * projector
         + (3 * (decoder + head) if trains_decoder else frozen_decoder)
+        + 3 * 2 * adapters
+    )
+
+
+def _adapter_params(cfg: SpeechLMConfig, part: str) -> int:
+    """Parameters of the LoRA adapters in a part of the model: each multiplies once per position."""
+    return sum(
+        info.size
+        for path, info in abstract_params(cfg).items()
+        if path.startswith(f"{part}/") and "/lora_" in path
     )

@@ -5,6 +5,7 @@ Every parameter is declared once, with its logical axes, in the layout of Huggin
 input; norms run in f32.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llaso_jax.modeling.dropout import dropout
 from llaso_jax.sharding.rules import LogicalAxes, gather
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -24,6 +26,15 @@ gelu = functools.partial(jax.nn.gelu, approximate=False)
 def normal(std: float | None, fan_in: int, *, gain: float = 1.0) -> Initializer:
     """N(0, (gain * std)^2); std None means 1/sqrt(fan_in), which keeps the variance of a signal."""
     return jax.nn.initializers.normal(gain * (fan_in**-0.5 if std is None else std))
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """U(-bound, bound); torch.nn.Linear draws weights and biases so, with a bound of 1/sqrt(fan_in)."""
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialize
 
 
 def residual_gain(std: float | None, layers: int) -> float:
@@ -49,11 +60,25 @@ def use(weight: nnx.Param, axes: LogicalAxes, dtype: Any) -> jax.Array:
     return gather(weight[...].astype(dtype), axes)
 
 
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """How a linear layer applies its LoRA adapter: the name of its dropout, the factor on B A x, what is dropped."""
+
+    name: str
+    scale: float
+    dropout: float
+
+
 class Linear(nnx.Module):
-    """y = x W^T + b over possibly several input and output dimensions.
+    """y = x W^T + b over possibly several input and output dimensions, and a low-rank change of W if it has one.
 
     weight: f32[*out_shape, *in_shape] (Hugging Face order); bias: f32[*out_shape].
+    With `low_rank` (lora.py): lora_A: f32[rank, *in_shape]; lora_B: f32[*out_shape, rank].
     """
+
+    low_rank: LowRank | None = None
+    lora_A: nnx.Dict  # noqa: N815 - peft's name
+    lora_B: nnx.Dict  # noqa: N815
 
     def __init__(
         self,
@@ -75,14 +100,28 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., *in_shape] -> [..., *out_shape]."""
-        weight = use(self.weight, self.axes, x.dtype)
-        contract_x = tuple(range(x.ndim - self.num_in, x.ndim))
-        contract_w = tuple(range(weight.ndim - self.num_in, weight.ndim))
-        y = jax.lax.dot_general(x, weight, ((contract_x, contract_w), ((), ())))
+        y = _contract(x, use(self.weight, self.axes, x.dtype), self.num_in)
+        if self.low_rank is not None:
+            y = y + self._change(x, self.low_rank)
         if self.bias is None:
             return y
         bias = use(self.bias, self.bias_axes, x.dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def _change(self, x: jax.Array, how: LowRank) -> jax.Array:
+        """[..., *out_shape]: what the adapter adds; W itself is never changed."""
+        inner = len(self.axes) - self.num_in
+        a = use(self.lora_A["weight"], ("rank", *self.axes[inner:]), x.dtype)
+        b = use(self.lora_B["weight"], (*self.axes[:inner], "rank"), x.dtype)
+        low = _contract(dropout(x, how.dropout, name=how.name), a, self.num_in)
+        return _contract(low * how.scale, b, 1)
+
+
+def _contract(x: jax.Array, weight: jax.Array, num_in: int) -> jax.Array:
+    """Contract the last `num_in` axes of both."""
+    contract_x = tuple(range(x.ndim - num_in, x.ndim))
+    contract_w = tuple(range(weight.ndim - num_in, weight.ndim))
+    return jax.lax.dot_general(x, weight, ((contract_x, contract_w), ((), ())))
 
 
 def _vector_axis(axis: str | None) -> str | None:

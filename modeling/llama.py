@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llaso_jax.modeling.compute import ComputeConfig, rematerialize
+from llaso_jax.modeling.compute import ComputeConfig, scan_layers
 from llaso_jax.modeling.kernels.attention import attention
 from llaso_jax.modeling.layers import (
     Initializer,
@@ -330,4 +330,4 @@ class LlamaModel(nnx.Module):
             y, kv = nnx.merge(graph, layer)(h, rope, attend)
             return y, {"input": h, "kv": kv, None: None}[keep]
 
-        return jax.lax.scan(rematerialize(body, self.compute.remat), x, layers)
+        return scan_layers(body, x, layers, self.compute.remat)

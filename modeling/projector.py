@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llaso_jax.modeling.layers import Linear, gelu
+from llaso_jax.modeling.layers import Linear, gelu, symmetric_uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Projector(nnx.Module):
         width = dim_in * cfg.stack
         for i in range(cfg.num_layers):
             # gain * U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch.nn.Linear's initialisation of weight and bias.
-            uniform = _symmetric_uniform(cfg.init_gain * width**-0.5)
+            uniform = symmetric_uniform(cfg.init_gain * width**-0.5)
             layer = Linear(
                 (width,),
                 (dim_out,),
@@ -78,10 +78,3 @@ class Projector(nnx.Module):
         for i in range(self.cfg.num_layers):
             x = getattr(self, f"linear_{i}")(gelu(x) if i else x)
         return x
-
-
-def _symmetric_uniform(bound: float):
-    def init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init

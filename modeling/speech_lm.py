@@ -15,6 +15,7 @@ from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.frames import AUDIO_MODES, AudioMode
 from llaso_jax.modeling.kernels.cross_entropy import cross_entropy
 from llaso_jax.modeling.llama import KVCache, LlamaConfig, LlamaModel
+from llaso_jax.modeling.lora import LoraRule, add_lora
 from llaso_jax.modeling.projector import Projector, ProjectorConfig
 from llaso_jax.modeling.whisper import WhisperConfig, WhisperEncoder
 from llaso_jax.sharding.rules import constrain
@@ -24,18 +25,43 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class SpeechLMConfig:
-    """Architecture of a speech-language model. Defaults are LLaSO-Base."""
+    """Architecture of a speech-language model. Defaults are LLaSO-Base.
+
+    `lora` gives linear layers low-rank adapters, parameters of their own beside the weights they change.
+    """
 
     audio: WhisperConfig = WhisperConfig()
     projector: ProjectorConfig = ProjectorConfig()
     text: LlamaConfig = LlamaConfig()
     audio_mode: AudioMode = "padded"
+    lora: tuple[LoraRule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.audio_mode not in AUDIO_MODES:
             raise ValueError(
                 f"audio_mode {self.audio_mode!r} is unknown: choose {', '.join(AUDIO_MODES)}."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What training minimizes, besides the cross-entropy (kernels/cross_entropy).
+
+    Attributes:
+      label_smoothing: share of each target spread over the whole vocabulary.
+      z_loss: weight of the squared log-sum-exp of the logits (PaLM uses 1e-4, arXiv 2204.02311).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} must be at least 0 and below 1."
+            )
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss={self.z_loss} must not be negative.")
 
 
 class SpeechLM(nnx.Module):
@@ -47,6 +73,7 @@ class SpeechLM(nnx.Module):
             cfg.projector, cfg.audio.d_model, cfg.text.hidden_size, rngs=rngs
         )
         self.language_model = LlamaModel(cfg.text, compute, rngs=rngs)
+        add_lora(self, cfg.lora, rngs)
         self.cfg = cfg
 
     def encode_audio(self, mel: jax.Array, mel_frames: jax.Array) -> jax.Array:
@@ -95,8 +122,12 @@ class SpeechLM(nnx.Module):
         index = jnp.maximum(batch["answer_index"], 0)[..., None]
         return jnp.take_along_axis(self.hidden(batch), index, axis=1)
 
-    def losses(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def losses(self, batch: Batch, loss: LossConfig = LossConfig()) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy of `answer_token`, without all logits at once (kernels/cross_entropy).
+
+        Args:
+          batch: the batch contract.
+          loss: what is added to it.
 
         Returns:
           f32[], the sum over all supervised positions, and f32[B], that of each row, without a gradient.
@@ -108,6 +139,8 @@ class SpeechLM(nnx.Module):
             batch["answer_token"],
             batch["answer_index"] >= 0,
             vocab_size=self.cfg.text.vocab_size,
+            label_smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
         )
         return total, losses.sum(-1)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llaso_jax.modeling.compute import ComputeConfig, rematerialize
+from llaso_jax.modeling.compute import ComputeConfig, scan_layers
 from llaso_jax.modeling.frames import CHUNK_MEL_FRAMES, CONV_STRIDE, encoder_frames
 from llaso_jax.modeling.kernels.attention import attention
 from llaso_jax.modeling.layers import (
@@ -268,7 +268,7 @@ class WhisperEncoder(nnx.Module):
             y = nnx.merge(graph, layer)(h, segment_ids)
             return y, (h if hidden_states else None)
 
-        last, inputs = jax.lax.scan(rematerialize(body, self.compute.remat), x, layers)
+        last, inputs = scan_layers(body, x, layers, self.compute.remat)
         out = self.layer_norm(last)
         if segment_ids is not None:
             out = jnp.where((segment_ids > 0)[..., None], out, 0)

@@ -39,9 +39,9 @@ class ShardingRules:
 # What each logical axis of a parameter means:
 #   embed       width of the residual stream (d_model, hidden_size): the FSDP axis of every matrix
 #   heads, kv_heads, ffn, vocab   split by tensor parallelism
-#   head_dim, mel, kernel, position, layers   never split (small, or scanned over)
+#   head_dim, mel, kernel, position, rank, layers   never split (small, or scanned over)
 _UNSPLIT: dict[str, MeshAxes] = dict.fromkeys(
-    ("norm", "head_dim", "mel", "kernel", "position", "layers"), ()
+    ("norm", "head_dim", "mel", "kernel", "position", "rank", "layers"), ()
 )
 _TENSOR: dict[str, MeshAxes] = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("tensor",))
 

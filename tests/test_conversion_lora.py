@@ -10,7 +10,16 @@ from safetensors.numpy import load_file, save_file
 from test_conversion_support import TorchSpeechLM, assert_bit_equal, llama_config, read_state
 from transformers import LlamaForCausalLM, WhisperModel
 
-from llaso_jax.conversion import export_llama, export_llaso, gather_weights
+from llaso_jax.conversion import (
+    ExportOptions,
+    export_adapter,
+    export_llama,
+    export_llaso,
+    export_whisper,
+    gather_weights,
+    open_model,
+    stream_model,
+)
 from llaso_jax.conversion.errors import (
     ConfigMismatchError,
     MissingTensorError,
@@ -18,6 +27,8 @@ from llaso_jax.conversion.errors import (
     UnknownSourceError,
     UnsupportedConfigError,
 )
+from llaso_jax.conversion.tables import WHISPER
+from llaso_jax.convert import main
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -49,8 +60,12 @@ def adapted(base, folder, *, bin_file=False, **settings):
     return model.merge_and_unload()
 
 
+def llama_of(folder):
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
 def llama(root, name="llama"):
-    return LlamaForCausalLM.from_pretrained(root / name)
+    return llama_of(root / name)
 
 
 def assert_close(ours: dict, theirs: dict):
@@ -128,6 +143,138 @@ def test_without_the_adapter_nothing_changes(root, tmp_path):
     weights = gather_weights(root / "model")
     export_llaso(tmp_path / "out", weights.cfg, weights.pieces, hf_config=weights.hf_config)
     assert_bit_equal(read_state(tmp_path / "out"), read_state(root / "model"))
+
+
+# --- kept apart -----------------------------------------------------------------------------------
+
+KEPT = {
+    "some": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "rank-stabilised, dropout": {
+        "r": 4,
+        "lora_alpha": 3,
+        "target_modules": "all-linear",
+        "use_rslora": True,
+        "lora_dropout": 0.25,
+    },
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        "rank_pattern": {"q_proj": 5},
+        "alpha_pattern": {"k_proj": 7},
+    },
+    "whole modules": {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_adapter_goes_through_a_model_folder_and_back_to_peft(root, tmp_path, name):
+    merged = adapted(llama(root), tmp_path / "lora", **KEPT[name])
+    weights = gather_weights(root / "llama", tmp_path / "lora", keep_adapter=True)
+    assert {rule.dropout for rule in weights.cfg.lora} == {KEPT[name].get("lora_dropout", 0.0)}
+    stream_model(tmp_path / "model", weights)
+    stored = open_model(tmp_path / "model")
+    assert stored.cfg == weights.cfg
+
+    # Merged on the way out: what peft merges.
+    export_llama(tmp_path / "merged", stored.cfg, stored.pieces)
+    assert_close(
+        {k: v.numpy() for k, v in read_state(tmp_path / "merged").items()},
+        {k: v.detach().numpy() for k, v in merged.state_dict().items() if k != "lm_head.weight"},
+    )
+
+    # Apart: the base as it was (but for whole modules), and an adapter that peft loads.
+    apart = ExportOptions(merge_adapters=False)
+    export_llama(tmp_path / "base", stored.cfg, stored.pieces, options=apart)
+    before, after = read_state(root / "llama"), read_state(tmp_path / "base")
+    changed = {key for key in before if not np.array_equal(before[key], after[key])}
+    assert changed == {key for key in before if name == "whole modules" and "norm" in key}
+    export_adapter(tmp_path / "again", stored.cfg, stored.pieces, parts=("language_model",))
+    theirs = read_state(tmp_path / "lora")
+    assert_bit_equal(
+        read_state(tmp_path / "again"), {k: v for k, v in theirs.items() if "lora_" in k}
+    )
+    loaded = peft.PeftModel.from_pretrained(llama_of(tmp_path / "base"), tmp_path / "again")
+    config = loaded.peft_config["default"]
+    assert config.lora_dropout == KEPT[name].get("lora_dropout", 0.0)
+    again = loaded.merge_and_unload().state_dict()
+    for key, value in merged.state_dict().items():
+        np.testing.assert_allclose(again[key], value.detach(), rtol=0, atol=1e-6, err_msg=key)
+
+
+def test_an_adapter_of_the_encoder_is_kept_and_written_under_the_names_of_whisper(root, tmp_path):
+    base = WhisperModel.from_pretrained(root / "whisper")
+    merged = adapted(base, tmp_path / "lora", r=2, target_modules=r".*encoder.*(fc1|out_proj)")
+    weights = gather_weights(root / "llama", root / "whisper", tmp_path / "lora", keep_adapter=True)
+    apart = ExportOptions(merge_adapters=False)
+    export_whisper(tmp_path / "base", weights.cfg, weights.pieces, options=apart)
+    export_adapter(
+        tmp_path / "again",
+        weights.cfg,
+        weights.pieces,
+        parts=("audio_tower",),
+        prefixes=WHISPER,
+        base_model="some/whisper",
+    )
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/whisper"
+    stock = WhisperModel.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "again").merge_and_unload()
+    for key, value in merged.encoder.state_dict().items():
+        np.testing.assert_allclose(loaded.encoder.state_dict()[key], value.detach(), atol=1e-6)
+
+
+def test_the_command_line_keeps_adapters_and_writes_them(root, tmp_path, capsys):
+    merged = adapted(llama(root), tmp_path / "lora", r=2, target_modules=["q_proj", "fc2"])
+    source = [str(root / "model"), str(tmp_path / "lora")]
+    assert main(["from-hf", *source, "--keep-adapter", "-o", str(tmp_path / "model")]) == 0
+    target = ["--adapter", str(tmp_path / "again"), "--llama", str(tmp_path / "base")]
+    assert main(["to-hf", str(tmp_path / "model"), *target]) == 0
+    loaded = peft.PeftModel.from_pretrained(llama_of(tmp_path / "base"), tmp_path / "again")
+    q_proj = "model.layers.1.self_attn.q_proj.weight"
+    np.testing.assert_allclose(
+        loaded.merge_and_unload().state_dict()[q_proj], merged.state_dict()[q_proj], atol=1e-6
+    )
+    # Alone: all adapters of the model, the same file here.
+    assert main(["to-hf", str(tmp_path / "model"), "--adapter", str(tmp_path / "alone")]) == 0
+    assert_bit_equal(read_state(tmp_path / "alone"), read_state(tmp_path / "again"))
+    # With the adapter merged, the same model; without it, another.
+    assert main(["from-hf", *source, "-o", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    model, other = str(tmp_path / "model"), str(tmp_path / "merged")
+    assert main(["verify", model, other, "--weights-only", "--tolerance", "1e-6"]) == 0
+    assert main(["verify", model, str(root / "model"), "--weights-only"]) == 1
+    assert main(["inspect", model]) == 0
+    shown = capsys.readouterr().out
+    assert "lora language_model/layers/self_attn/q_proj: rank 2, alpha 8" in shown
+    assert f"to-hf {model} --adapter" in shown
+
+
+def test_a_model_without_adapters_has_none_to_write(root, tmp_path):
+    weights = gather_weights(root / "llama")
+    with pytest.raises(UnsupportedConfigError, match="no LoRA adapter"):
+        export_adapter(tmp_path / "out", weights.cfg, weights.pieces)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "in 1 of 3 layers"),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 5}},
+            "r=2 scale=4, r=5",
+        ),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens.weight, which is no linear layer"),
+    ],
+    ids=["some layers", "ranks by layer", "embeddings"],
+)
+def test_what_can_only_be_merged_says_so(root, tmp_path, settings, told):
+    base = "untied" if "embed_tokens" in settings["target_modules"] else "llama"
+    adapted(llama(root, base), tmp_path, r=2, lora_alpha=8, **settings)
+    with pytest.raises(UnsupportedConfigError, match=f"{told}(.|\n)*leave out --keep-adapter"):
+        gather_weights(root / base, tmp_path, keep_adapter=True)
+    gather_weights(root / base, tmp_path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Analytic FLOPs against the published sizes worked out by hand, and against XLA's own count."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from reference import make_batch, tiny_config
-from training_setup import EVERYTHING, PROJECTOR, PROJECTOR_AND_DECODER, trainer
+from training_setup import EVERYTHING, PROJECTOR, PROJECTOR_AND_DECODER, Trainer, trainer
 
 from llaso_jax.modeling.flops import (
     decoder_flops,
@@ -15,6 +17,7 @@ from llaso_jax.modeling.flops import (
 )
 from llaso_jax.modeling.functional import bind, init_params
 from llaso_jax.modeling.llama import LlamaConfig
+from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.projector import ProjectorConfig
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.modeling.whisper import WhisperConfig
@@ -130,13 +133,18 @@ def test_decoder_and_head_cost_what_xla_counts():
 
 def _step(rules, *, encoder: bool, decoder: bool) -> tuple[float, float]:
     """(XLA's count, ours) of one training step."""
-    train = trainer(WIDE, rules=rules)
+    return _counted_and_ours(trainer(WIDE, rules=rules), WIDE, encoder=encoder, decoder=decoder)
+
+
+def _counted_and_ours(
+    train: Trainer, cfg: SpeechLMConfig, *, encoder: bool, decoder: bool
+) -> tuple[float, float]:
     batch = _batch()
     placed = place_batch(batch, 1, train.layout)
     lowered = train.step.lower(train.state, train.frozen, placed, np.float32(1e-3))
     s = batch["tokens"].shape[1]
     ours = train_flops(
-        WIDE,
+        cfg,
         chunks=ROWS * CHUNKS,
         mel_frames=MEL,
         rows=ROWS,
@@ -165,6 +173,22 @@ def test_the_align_step_never_computes_weight_gradients_of_frozen_parts():
     assert saved == pytest.approx(ROWS * matrices, rel=0.05)
     saved = counted["unfrozen"] - counted["instruct"]
     assert saved == pytest.approx(2 * ROWS * CHUNKS * encoder_flops(WIDE.audio, MEL), rel=0.1)
+
+
+def test_adapters_cost_their_products_and_the_way_back_through_the_encoder():
+    rules = (LoraRule("(audio_tower|language_model)/layers/.*", rank=8),)
+    cfg = dataclasses.replace(WIDE, lora=rules)
+    train = trainer(
+        cfg,
+        rules=(
+            {"pattern": "projector/.*|.*/lora_[AB]/weight"},
+            {"pattern": ".*", "learning_rate_scale": None},
+        ),
+    )
+    counted, ours = _counted_and_ours(train, cfg, encoder=False, decoder=False)
+    assert 0.97 < counted / ours < 1.1, counted / ours
+    _, without = _step(PROJECTOR, encoder=False, decoder=False)
+    assert ours - without > encoder_flops(WIDE.audio, MEL) * ROWS * CHUNKS
 
 
 def test_sizes_that_change_the_model_change_the_count():

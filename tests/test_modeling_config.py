@@ -18,6 +18,7 @@ from llaso_jax.modeling.frames import audio_slots
 from llaso_jax.modeling.functional import abstract_params, bind, flatten, unflatten
 from llaso_jax.modeling.kernels.attention import attention
 from llaso_jax.modeling.llama import LlamaConfig
+from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.projector import ProjectorConfig
 from llaso_jax.modeling.rope import RopeScaling
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
@@ -32,6 +33,7 @@ CHANGES: dict[type, dict[str, tuple[Any, str]]] = {
         "projector": (ProjectorConfig(type="linear"), "shapes"),
         "text": (dataclasses.replace(BASE.text, vocab_size=50), "shapes"),
         "audio_mode": ("true_length", "outputs"),
+        "lora": ((LoraRule("projector/.*", rank=2),), "shapes"),
     },
     WhisperConfig: {
         "num_mel_bins": (9, "shapes"),

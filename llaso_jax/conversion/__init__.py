@@ -7,6 +7,7 @@ save_model and load_model are the model folder and device arrays. convert.py is 
 
 from llaso_jax.conversion.exporting import (
     ExportOptions,
+    export_adapter,
     export_llama,
     export_llaso,
     export_projector,
@@ -26,6 +27,7 @@ from llaso_jax.conversion.weights import Weights, gather_weights, grow_vocabular
 __all__ = [
     "ExportOptions",
     "Weights",
+    "export_adapter",
     "export_llama",
     "export_llaso",
     "export_projector",

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llaso_jax.conversion import inspection_report, verification_report
 from llaso_jax.conversion.exporting import (
     ExportOptions,
+    export_adapter,
     export_llama,
     export_llaso,
     export_projector,
@@ -22,7 +23,14 @@ from llaso_jax.conversion.exporting import (
 from llaso_jax.conversion.inspection import inspect_source
 from llaso_jax.conversion.loading import Progress as OnTensor
 from llaso_jax.conversion.model_folder import is_model_folder, open_model, stream_model
-from llaso_jax.conversion.tables import PARTS, slots
+from llaso_jax.conversion.tables import (
+    LLASO,
+    PARTS,
+    WHISPER,
+    Prefixes,
+    adapter_slots,
+    slots,
+)
 from llaso_jax.conversion.tensors import target_dtype
 from llaso_jax.conversion.tokenizer_files import fit_tokenizer
 from llaso_jax.conversion.verification import verify as verify_weights
@@ -70,6 +78,7 @@ def _open_sources(args: argparse.Namespace, files: Path) -> tuple[Weights, Path]
         projector_type=args.projector_type,
         stack=args.stack,
         seed=args.seed,
+        keep_adapter=args.keep_adapter,
     )
     weights = fit_tokenizer(
         weights, files, tokenizer_from=args.tokenizer, multiple_of=args.vocab_multiple_of
@@ -85,23 +94,46 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
         args.llama: ("language_model",),
         args.projector: ("projector",),
     }
+    if args.adapter:
+        parts_of[args.adapter] = _adapter_base(args)[1]
     wanted = {path: parts for path, parts in parts_of.items() if path}
     if not wanted:
         console.print(
-            "error: nothing to write: give --output (LLaSO layout), --llama, --whisper or --projector."
+            "error: nothing to write: give --output (LLaSO layout), --llama, --whisper, --projector or --adapter."
         )
         return 2
     for path in wanted:
         check_target(path, overwrite=args.overwrite, file=path == args.projector)
     needed = {part for parts in wanted.values() for part in parts}
     if is_model_folder(args.model):
-        weights = open_model(args.model, parts=tuple(part for part in PARTS if part in needed))
+        parts = tuple(part for part in PARTS if part in needed)
+        weights = open_model(args.model, parts=None if set(wanted) == {args.adapter} else parts)
     else:
-        weights = gather_weights(args.model)
+        weights = gather_weights(args.model, keep_adapter=bool(args.adapter))
     cfg, files_from = weights.cfg, weights.folder
 
     def options(progress: OnTensor) -> ExportOptions:
-        return ExportOptions(args.dtype, args.max_shard_size, args.overwrite, progress)
+        return ExportOptions(
+            args.dtype,
+            args.max_shard_size,
+            args.overwrite,
+            progress,
+            merge_adapters=not args.adapter,
+        )
+
+    if args.adapter:
+        base, parts, prefixes = _adapter_base(args)
+        parts = tuple(part for part in parts if part in weights.parts)
+        with _bar(console, "adapter", len(adapter_slots(cfg, parts))) as progress:
+            export_adapter(
+                args.adapter,
+                cfg,
+                weights.pieces,
+                parts=parts,
+                prefixes=prefixes,
+                base_model=base or weights.hf_config.get("_name_or_path"),
+                options=options(progress),
+            )
 
     if args.output:
         tower_name = args.tower_name
@@ -136,6 +168,17 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
     for path in wanted:
         console.print(f"wrote {path}", markup=False)
     return 0
+
+
+def _adapter_base(args: argparse.Namespace) -> tuple[str | None, tuple[str, ...], Prefixes]:
+    """What an adapter changes: the folder written beside it, which of its parts, and how it names its tensors."""
+    if args.output:
+        return args.output, PARTS, LLASO
+    if args.llama:
+        return args.llama, ("language_model",), LLASO
+    if args.whisper:
+        return args.whisper, ("audio_tower",), WHISPER
+    return None, PARTS, LLASO
 
 
 def inspect(args: argparse.Namespace, _: Console) -> int:

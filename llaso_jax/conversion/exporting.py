@@ -22,10 +22,21 @@ from llaso_jax.conversion.device_tensors import pieces_of
 from llaso_jax.conversion.errors import MissingTensorError, TensorDtypeError, listing
 from llaso_jax.conversion.hf_config import Json, llama_to_hf, whisper_to_hf
 from llaso_jax.conversion.llaso_config import llaso_to_hf
+from llaso_jax.conversion.lora_merging import merge_pieces
 from llaso_jax.conversion.model_folder import check_params
+from llaso_jax.conversion.peft_config import adapter_config
 from llaso_jax.conversion.safetensors_file import write_safetensors
-from llaso_jax.conversion.source import ALIGNER
-from llaso_jax.conversion.tables import LLASO, PARTS, Prefixes, Slot, part_infos, slots
+from llaso_jax.conversion.source import ADAPTER_CONFIG, ALIGNER
+from llaso_jax.conversion.tables import (
+    LLASO,
+    PARTS,
+    WHISPER,
+    Prefixes,
+    Slot,
+    adapter_slots,
+    part_infos,
+    slots,
+)
 from llaso_jax.conversion.tensors import FLOAT_DTYPES, row_boxes, target_dtype
 from llaso_jax.conversion.torch_file import write_torch
 from llaso_jax.conversion.writing import (
@@ -53,12 +64,14 @@ class ExportOptions:
       max_shard_bytes: size at which the next .safetensors file starts.
       overwrite: replace what is there.
       progress: called with name and bytes after every tensor.
+      merge_adapters: write weights with LoRA adapters merged into them; else as they are without.
     """
 
     dtype: Any = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     overwrite: bool = False
     progress: Callable[[str, int], None] | None = None
+    merge_adapters: bool = True
 
 
 def export_llaso(
@@ -136,7 +149,7 @@ def export_whisper(
     nothing missing; `WhisperModel.from_pretrained(folder).encoder` is the encoder, as upstream loads it.
     """
     parts = ("audio_tower",)
-    table = slots(cfg, parts, Prefixes(audio_tower="encoder."))
+    table = slots(cfg, parts, WHISPER)
     tensors = _Exporter(cfg, params, parts, table, options)
     width = (cfg.audio.d_model,)
     tensors.extra = {
@@ -181,6 +194,46 @@ def export_projector(
     return Path(path).absolute()
 
 
+def export_adapter(
+    folder: str | Path,
+    cfg: SpeechLMConfig,
+    params: Params | Pieces,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    prefixes: Prefixes = LLASO,
+    base_model: str | None = None,
+    options: ExportOptions = ExportOptions(),
+) -> Path:
+    """Write the LoRA adapters of `parts` as peft does (`PeftModel.from_pretrained(base, folder)`).
+
+    Args:
+      folder: where to.
+      cfg: the model, with adapters.
+      params: nested parameters, or tensors that are not read yet.
+      parts: whose adapters.
+      prefixes: what the base model calls its tensors. Names of a Llama are the same in a LLaSO checkpoint.
+      base_model: `base_model_name_or_path`: the model that the adapter changes.
+      options: dtype, overwriting, progress.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UnsupportedConfigError: no adapter in `parts`, or adapters of plain and of rank-stabilized scale.
+      TargetExistsError: the folder is not empty and options.overwrite is off.
+      ConversionError: parameters that are not those of `cfg` (errors.py), or a full disk.
+    """
+    table = adapter_slots(cfg, parts, prefixes)
+    config = adapter_config(cfg, table, base_model)
+    parts = tuple(part for part in parts if any(s.path.startswith(part) for s in table.values()))
+    options = dataclasses.replace(options, merge_adapters=False)
+    tensors = _Exporter(cfg, params, parts, table, options)
+    with new_folder(folder, overwrite=options.overwrite) as partial:
+        tensors.write(partial, "adapter_model")
+        _write_json(partial / ADAPTER_CONFIG, config)
+    return Path(folder).absolute()
+
+
 class _Exporter:
     """The tensors of one folder: their specifications at once, their values one by one."""
 
@@ -193,6 +246,8 @@ class _Exporter:
         options: ExportOptions,
     ) -> None:
         self.pieces = _pieces(cfg, params, parts)
+        if options.merge_adapters:
+            self.pieces = merge_pieces(cfg, self.pieces)
         self.table = table
         self.options = options
         self.extra: dict[str, np.ndarray] = {}
@@ -241,13 +296,13 @@ class _Exporter:
 
         return _read_ahead(jobs())
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, stem: str = "model") -> None:
         """One .safetensors file, or several and their index."""
         shards = _shard(self.specs(), self.options.max_shard_bytes)
         names = [
-            "model.safetensors"
+            f"{stem}.safetensors"
             if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             for i in range(len(shards))
         ]
         for name, specs in zip(names, shards, strict=True):
@@ -263,7 +318,7 @@ class _Exporter:
                 name: file for file, specs in zip(names, shards, strict=True) for name in specs
             }
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(folder / "model.safetensors.index.json", index)
+            _write_json(folder / f"{stem}.safetensors.index.json", index)
 
     def write_aligner(self, path: Path) -> None:
         """The projector alone, as upstream's stage 1 leaves it."""

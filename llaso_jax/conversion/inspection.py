@@ -251,6 +251,15 @@ def _settings(source: Source) -> Sizes:
     }
 
 
+def _adapters(cfg: SpeechLMConfig) -> Sizes:
+    """What the LoRA adapters of a model are, if it has any."""
+    return {
+        f"lora {rule.pattern}": f"rank {rule.rank}, alpha {rule.alpha:g}"
+        + (", rank-stabilized" if rule.rank_stabilized else "")
+        for rule in cfg.lora
+    }
+
+
 def _model_folder(path: Path) -> Inspection:
     info = read_info(path)
     tensors = read_metadata(path)
@@ -286,7 +295,7 @@ def _model_folder(path: Path) -> Inspection:
         format="orbax",
         files=len(files),
         nbytes=sum(file.stat().st_size for file in files),
-        settings={"audio_mode": cfg.audio_mode},
+        settings={"audio_mode": cfg.audio_mode} | _adapters(cfg),
         parts=tuple(parts),
         ignored=(),
         tokenizer=check_tokenizer_files(
@@ -300,5 +309,5 @@ def _model_folder(path: Path) -> Inspection:
             else ()
         ),
         notes=(),
-        commands=folder_commands(path, info.parts),
+        commands=folder_commands(path, info.parts, adapters=bool(cfg.lora)),
     )

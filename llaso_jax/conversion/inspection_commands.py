@@ -17,7 +17,10 @@ def source_commands(source: Source, parts: Collection[str]) -> dict[str, str]:
         return {made: _from_hf("WHISPER", "LLAMA", "--projector", path)}
     if source.kind == "adapter":
         base = source.config.get("base_model_name_or_path")
-        return {f"its BASE ({base}) with it merged in": _from_hf("BASE", path)}
+        return {
+            f"its BASE ({base}) with it merged in": _from_hf("BASE", path),
+            "BASE and it side by side": _from_hf("BASE", path, "--keep-adapter"),
+        }
     if source.kind in ("whisper", "llama"):
         other, part = {
             "whisper": ("LLAMA", "the audio tower"),
@@ -42,8 +45,8 @@ def _from_hf(*arguments: str) -> str:
     return shlex.join(["llaso", "convert", "from-hf", *arguments, "--output", "MODEL"])
 
 
-def folder_commands(path: Path, parts: Collection[str]) -> dict[str, str]:
-    """Commands that export a model folder of `parts`."""
+def folder_commands(path: Path, parts: Collection[str], *, adapters: bool) -> dict[str, str]:
+    """Commands that export a model folder of `parts`, and its LoRA adapters if it has any."""
 
     def command(flag: str) -> str:
         return shlex.join(["llaso", "convert", "to-hf", str(path), flag, "FOLDER"])
@@ -55,4 +58,6 @@ def folder_commands(path: Path, parts: Collection[str]) -> dict[str, str]:
         made["a stock Llama"] = command("--llama")
     if "audio_tower" in parts:
         made["a stock Whisper encoder"] = command("--whisper")
+    if adapters:
+        made["its LoRA adapters, for PEFT"] = command("--adapter")
     return made

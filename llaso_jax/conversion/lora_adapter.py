@@ -32,15 +32,17 @@ _ALTERS_ITS_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pair:
-    """A [r, in], B [out, r]; of an embedding [V, D]: A [r, V], B [D, r]."""
+class Pair:
+    """A [r, in], B [out, r]; of an embedding [V, D]: A [r, V], B [D, r]. `scale` is the factor on B A."""
 
     a: Tensor
     b: Tensor
     embedding: bool
+    scale: float
 
     @property
     def rank(self) -> int:
+        """r, as A has it."""
         return self.a.shape[0]
 
     @property
@@ -51,18 +53,42 @@ class _Pair:
 
 
 def base_of(adapter: Source, candidates: Sequence[Source]) -> Source:
-    """The first of `candidates` that has all weights `adapter` changes; the first one if none has."""
+    """The first of `candidates` that has all weights `adapter` changes; the first one if none has.
+
+    Raises:
+      ConversionError: as `read_adapter`.
+    """
+    _check_config(adapter)
     pairs, replaced = _read_names(adapter)
     needed = [f"{module}.weight" for module in pairs] + list(replaced)
     return next((base for base in candidates if _names_in(base, needed)), candidates[0])
 
 
 def merge_adapter(base: Source, adapter: Source) -> Source:
-    """`base` with the changes of `adapter` in it, still not read.
+    """`base` with the changes of `adapter` in it, still not read; its tensors keep their dtypes.
+
+    Raises:
+      ConversionError: as `read_adapter`.
+    """
+    base, pairs = read_adapter(base, adapter)
+    changed = {
+        name: merged_tensor(
+            base.tensors[name], pair.a, pair.b, pair.scale, embedding=pair.embedding
+        )
+        for name, pair in pairs.items()
+    }
+    return dataclasses.replace(base, tensors=base.tensors | changed)
+
+
+def read_adapter(base: Source, adapter: Source) -> tuple[Source, dict[str, Pair]]:
+    """What `adapter` has for `base`.
 
     Args:
-      base: the model that was trained; its tensors keep their dtypes.
+      base: the model that was trained.
       adapter: kind "adapter": pairs `lora_A`, `lora_B`, and whole tensors (`modules_to_save`).
+
+    Returns:
+      `base` with the whole tensors replaced, and the pairs by the name their weight has in it.
 
     Raises:
       UnsupportedConfigError: an adapter that is not plain LoRA.
@@ -70,34 +96,49 @@ def merge_adapter(base: Source, adapter: Source) -> Source:
       TensorShapeError: pairs that do not fit their weight.
       ConfigMismatchError: adapter_config.json without lora_alpha.
     """
-    config = adapter.config
-    _check_config(adapter)
-    pairs, replaced = _read_names(adapter)
-    needed = [f"{module}.weight" for module in pairs] + list(replaced)
+    found, replaced = _read_names(adapter)
+    needed = [f"{module}.weight" for module in found] + list(replaced)
     where = _names_in(base, needed)
     if where is None:
         absent = [name for name in needed if name not in base.tensors]
-        trained_on = config.get("base_model_name_or_path") or "another model"
+        trained_on = adapter.config.get("base_model_name_or_path") or "another model"
         raise MissingTensorError(
             f"{adapter.path} changes {len(absent)} tensors that {base.path} does not have:\n"
             f"{listing(absent)}\nIt was trained on {trained_on}."
         )
-    merged = base.tensors | {where[name]: tensor for name, tensor in replaced.items()}
-    wrong = []
-    for module, pair in pairs.items():
-        name = where[f"{module}.weight"]
-        weight = merged[name]
-        if pair.b.shape[1] != pair.rank or pair.shape != weight.shape:
-            wrong.append(
-                f"{name} {weight.shape}: lora_A {pair.a.shape} and lora_B {pair.b.shape} given"
-            )
-        else:
-            merged[name] = _merged(weight, pair, _scale(config, module, pair.rank))
+    tensors = base.tensors | {where[name]: tensor for name, tensor in replaced.items()}
+    pairs = {where[f"{module}.weight"]: pair for module, pair in found.items()}
+    wrong = [
+        f"{name} {tensors[name].shape}: lora_A {pair.a.shape} and lora_B {pair.b.shape} given"
+        for name, pair in pairs.items()
+        if pair.b.shape[1] != pair.rank or pair.shape != tensors[name].shape
+    ]
     if wrong:
         raise TensorShapeError(
             f"{adapter.path}: {len(wrong)} pairs do not fit the weights of {base.path}:\n{listing(wrong)}"
         )
-    return dataclasses.replace(base, tensors=merged)
+    return dataclasses.replace(base, tensors=tensors), pairs
+
+
+def merged_tensor(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, *, embedding: bool = False
+) -> ComputedTensor:
+    """`weight` [*out, *in] + scale * B A, computed in float32 when it is read, in the dtype of `weight`.
+
+    Args:
+      weight: may have several input or output axes.
+      a: [rank, *in].
+      b: [*out, rank].
+      scale: factor on B A.
+      embedding: `weight` is [*in, *out] instead, both of them one axis.
+    """
+
+    def compute() -> np.ndarray:
+        change = np.tensordot(b.read().astype(np.float32), a.read().astype(np.float32), axes=1)
+        change = (change.T if embedding else change) * np.float32(scale)
+        return (weight.read().astype(np.float32) + change).astype(weight.dtype)
+
+    return ComputedTensor(weight.shape, weight.dtype, compute)
 
 
 def _check_config(adapter: Source) -> None:
@@ -127,7 +168,7 @@ def _check_config(adapter: Source) -> None:
         )
 
 
-def _read_names(adapter: Source) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
+def _read_names(adapter: Source) -> tuple[dict[str, Pair], dict[str, Tensor]]:
     """Pairs by module, and tensors that replace whole ones, as the base model names them."""
     halves: dict[tuple[str, bool], dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
@@ -149,7 +190,12 @@ def _read_names(adapter: Source) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
             f"{adapter.path}: {len(lonely)} modules have half of a pair:\n{listing(lonely)}"
         )
     pairs = {
-        module: _Pair(found["A"], found["B"], embedding)
+        module: Pair(
+            found["A"],
+            found["B"],
+            embedding,
+            _scale(adapter.config, module, found["A"].shape[0]),
+        )
         for (module, embedding), found in halves.items()
     }
     return pairs, replaced
@@ -171,12 +217,3 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
         config["lora_alpha"],
     )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _merged(weight: Tensor, pair: _Pair, scale: float) -> ComputedTensor:
-    def compute() -> np.ndarray:
-        change = pair.b.read().astype(np.float32) @ pair.a.read().astype(np.float32)
-        change = (change.T if pair.embedding else change) * np.float32(scale)
-        return (weight.read().astype(np.float32) + change).astype(weight.dtype)
-
-    return ComputedTensor(weight.shape, weight.dtype, compute)

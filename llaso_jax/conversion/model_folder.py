@@ -39,6 +39,7 @@ from llaso_jax.modeling.functional import (
     unflatten,
 )
 from llaso_jax.modeling.llama import LlamaConfig
+from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.projector import ProjectorConfig
 from llaso_jax.modeling.rope import RopeScaling
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
@@ -227,12 +228,14 @@ def config_from_dict(config: Mapping[str, Any]) -> SpeechLMConfig:
     """
     text = dict(config["text"])
     scaling = text.pop("rope_scaling", None)
+    lora = tuple(LoraRule(**rule) for rule in config.get("lora", ()))
     return SpeechLMConfig(
         **{
             **config,
             "audio": WhisperConfig(**config["audio"]),
             "projector": ProjectorConfig(**config["projector"]),
             "text": LlamaConfig(**text, rope_scaling=scaling and RopeScaling(**scaling)),
+            "lora": lora,
         }
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llaso_jax.conversion.binding import Pieces, bind, is_ignored
 from llaso_jax.conversion.errors import DuplicateTensorError, UnknownSourceError
-from llaso_jax.conversion.lora_adapter import base_of, merge_adapter
+from llaso_jax.conversion.lora_adapter import Pair, base_of, merge_adapter, read_adapter
 from llaso_jax.conversion.source import Kind, Source, open_source
 from llaso_jax.conversion.tables import LLASO, Slot, slots
 from llaso_jax.conversion.tensors import Tensor
@@ -65,10 +65,13 @@ class Sources:
     Raises:
       DuplicateTensorError: two of one kind, or a LLaSO checkpoint and another language model.
       UnknownSourceError: no source at all, or a projector or an adapter alone.
-      ConversionError: a LoRA adapter that cannot be merged (lora_adapter.py).
+      ConversionError: a LoRA adapter that does not fit (lora_adapter.py).
     """
 
-    def __init__(self, paths: Iterable[str | Path | Source], record: Record) -> None:
+    def __init__(
+        self, paths: Iterable[str | Path | Source], record: Record, *, keep_adapter: bool = False
+    ) -> None:
+        """`keep_adapter`: leave the pairs of a LoRA adapter in `adapter_pairs` instead of merging them."""
         self.record = record
         self._by_kind: dict[Kind, Source] = {}
         for path in paths:
@@ -88,10 +91,16 @@ class Sources:
                 "a Whisper, a Llama or a LLaSO checkpoint is needed"
                 + (f", besides {given}." if (given := " and ".join(self._by_kind)) else ".")
             )
-        if adapter := self._by_kind.get("adapter"):
-            base = base_of(adapter, [source for source in (self.text, self.whisper) if source])
-            self._by_kind[base.kind] = merge_adapter(base, adapter)
-            record.note(f"{adapter.path} (LoRA) is merged into {base.path}")
+        self.adapter_pairs: dict[str, Pair] = {}
+        self.adapter_base: Kind = "llama"
+        if self.adapter is not None:
+            base = base_of(self.adapter, [s for s in (self.text, self.whisper) if s])
+            self.adapter_base = base.kind
+            if keep_adapter:
+                self._by_kind[base.kind], self.adapter_pairs = read_adapter(base, self.adapter)
+            else:
+                self._by_kind[base.kind] = merge_adapter(base, self.adapter)
+                record.note(f"{self.adapter.path} (LoRA) is merged into {base.path}")
 
     @property
     def llaso(self) -> Source | None:
@@ -112,6 +121,11 @@ class Sources:
     def projector(self) -> Source | None:
         """A projector file."""
         return self._by_kind.get("projector")
+
+    @property
+    def adapter(self) -> Source | None:
+        """A LoRA adapter."""
+        return self._by_kind.get("adapter")
 
     @property
     def text(self) -> Source | None:

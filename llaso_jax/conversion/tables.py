@@ -6,6 +6,7 @@ embedding rows may be padded here and never are there (`vocab`).
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 
 from llaso_jax.conversion.errors import UnmappedParameterError, listing
@@ -99,6 +100,10 @@ class Prefixes:
 
 
 LLASO = Prefixes()
+WHISPER = Prefixes(audio_tower="encoder.")
+"""Of transformers' WhisperModel."""
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the names of the model it adapts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +130,15 @@ def part_infos(cfg: SpeechLMConfig, parts: Collection[str]) -> dict[str, ParamIn
     }
 
 
+def base_of(cfg: SpeechLMConfig) -> SpeechLMConfig:
+    """`cfg` without its adapters."""
+    return dataclasses.replace(cfg, lora=())
+
+
 def slots(
     cfg: SpeechLMConfig, parts: tuple[str, ...] = PARTS, prefixes: Prefixes = LLASO
 ) -> dict[str, Slot]:
-    """Every tensor a checkpoint of `cfg` has, by Hugging Face name, in the order it is written.
+    """Every tensor a checkpoint of `cfg` has, by Hugging Face name, in the order it is written; no adapters.
 
     Raises:
       UnmappedParameterError: a parameter of the model that no row names.
@@ -145,7 +155,7 @@ def slots(
         "audio_tower": cfg.audio.encoder_layers,
         "language_model": cfg.text.num_hidden_layers,
     }
-    infos = part_infos(cfg, parts)
+    infos = part_infos(base_of(cfg), parts)
     result: dict[str, Slot] = {}
     for part in parts:
         for prefix, rows in tables[part]:
@@ -158,6 +168,29 @@ def slots(
             f"{len(unmapped)} parameters have no row in conversion/tables.py:\n"
             + listing(sorted(unmapped))
         )
+    return result
+
+
+def adapter_slots(
+    cfg: SpeechLMConfig, parts: tuple[str, ...] = PARTS, prefixes: Prefixes = LLASO
+) -> dict[str, Slot]:
+    """Every tensor of the LoRA adapters of `cfg`, by peft's name; see `slots`.
+
+    `lora_A` is [rank, inputs] and `lora_B` [outputs, rank] there; here heads are an axis of their own.
+    """
+    infos = part_infos(cfg, parts)
+    result: dict[str, Slot] = {}
+    for name, slot in slots(cfg, parts, prefixes).items():
+        linear, module = slot.path.removesuffix("/weight"), name.removesuffix(".weight")
+        for half in ("lora_A", "lora_B"):
+            path = f"{linear}/{half}/weight"
+            if path not in infos:
+                continue
+            split = infos[path].shape[0 if slot.layer is None else 1 :]
+            rank = split[0 if half == "lora_A" else -1]
+            width = math.prod(split) // rank
+            shape = (rank, width) if half == "lora_A" else (width, rank)
+            result[f"{PEFT_PREFIX}{module}.{half}.weight"] = Slot(path, slot.layer, shape, split)
     return result
 
 

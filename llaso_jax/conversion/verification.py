@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llaso_jax.conversion.errors import ConfigMismatchError
+from llaso_jax.conversion.lora_merging import merge_weights
 from llaso_jax.conversion.model_folder import is_model_folder, open_model
 from llaso_jax.conversion.output_comparison import (
     OutputDifference,
@@ -121,7 +122,7 @@ def verify(
     outputs: bool = True,
     progress: Callable[[str, int], None] | None = None,
 ) -> Verification:
-    """Compare two sides; see `open_weights` for what a side may be.
+    """Compare two sides, LoRA adapters merged; see `open_weights` for what a side may be.
 
     Args:
       a, b: paths of each.
@@ -137,7 +138,7 @@ def verify(
       ConfigMismatchError: the sides have no part in common.
       AudioError: a clip that cannot be read.
     """
-    one, two = open_weights(a), open_weights(b)
+    one, two = merge_weights(open_weights(a)), merge_weights(open_weights(b))
     names = " + ".join(map(str, a)), " + ".join(map(str, b))
     parts = tuple(part for part in PARTS if part in one.parts and part in two.parts)
     if not parts:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+from llaso_jax.conversion.adapter_part import adapter_part
 from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.errors import ConfigMismatchError
 from llaso_jax.conversion.llaso_config import ours_of
@@ -60,11 +61,13 @@ def gather_weights(
     new_projector: bool = True,
     vocab_size: int | None = None,
     vocab_multiple_of: int = 1,
+    keep_adapter: bool = False,
 ) -> Weights:
     """Gather a model from Hugging Face, LLaSO, CTranslate2 and GGUF sources, given in any order.
 
     A LLaSO checkpoint stands alone; a Whisper beside it gives the tower if the checkpoint has none. A
-    Whisper and a Llama make a new model with a random projector. A projector file overrides both.
+    Whisper and a Llama make a new model with a random projector. A projector file overrides both. A LoRA
+    adapter is merged into the weights it was trained on, or kept apart from them as adapters of the model.
     One Whisper or one Llama alone gives that part.
 
     Args:
@@ -76,13 +79,14 @@ def gather_weights(
       new_projector: make one where a Whisper and a Llama come without; else they stay two parts.
       vocab_size: embedding rows needed: new ones are the mean of the old. Never fewer than there are.
       vocab_multiple_of: pad the embedding rows with zeros to a multiple of it.
+      keep_adapter: do not merge a LoRA adapter.
 
     Raises:
       ConversionError: in one of its classes (errors.py), for sources that are damaged, given twice,
         incomplete, or contradict each other.
     """
     record = Record()
-    sources = Sources(paths, record)
+    sources = Sources(paths, record, keep_adapter=keep_adapter)
     cfg = SpeechLMConfig()
     pieces: Pieces = {}
     parts = []
@@ -108,6 +112,10 @@ def gather_weights(
             f"{sources.projector.path} is a projector, but only one of its two sides was given: give a "
             "Whisper and a Llama with it."
         )
+    if keep_adapter and sources.adapter is not None:
+        rules, found = adapter_part(sources, record, cfg, tuple(parts))
+        cfg = dataclasses.replace(cfg, lora=rules)
+        pieces |= found
     source = sources.text
     hf_config = source.config if source else {}
     mode = audio_mode or ours_of(hf_config).get("audio_mode")

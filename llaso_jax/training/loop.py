@@ -53,6 +53,7 @@ class Workplace:
     precision: PrecisionConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    seed: int
     output: Path
     metrics: MetricsWriter
     console: Console
@@ -90,9 +91,18 @@ class StageRun:
         trainable, self.frozen = split_params(params, scales, frozen_dtype)
         optimizer = make_optimizer(stage.optimizer, scales)
         self.state: TrainState = create_state(trainable, optimizer, place.layout)
-        self.train_step = make_train_step(place.model, compute, optimizer, trainable, place.layout)
-        self.trains_encoder = any(scales[p] for p in scales if p.startswith("audio_tower/"))
-        self.trains_decoder = any(scales[p] for p in scales if p.startswith("language_model/"))
+        self.train_step = make_train_step(
+            place.model,
+            compute,
+            optimizer,
+            trainable,
+            place.layout,
+            loss=stage.loss,
+            seed=place.seed,
+        )
+        own = [path for path, scale in scales.items() if scale and "/lora_" not in path]
+        self.trains_encoder = any(path.startswith("audio_tower/") for path in own)
+        self.trains_decoder = any(path.startswith("language_model/") for path in own)
         self.compute = compute
 
         self.data = data = resolve_data(stage.data, index_dir=place.output / "index")

@@ -15,7 +15,8 @@ from llaso_jax.conversion import ExportOptions, export_llaso, save_model
 from llaso_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from llaso_jax.errors import CheckpointError, ConfigError
 from llaso_jax.inference.pretrained import load_pretrained, read_config, save_prompt_config
-from llaso_jax.modeling.functional import Params, count_params
+from llaso_jax.modeling.functional import Params, abstract_params, count_params, flatten, merge
+from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.training.loop import StageRun, Workplace
@@ -108,6 +109,7 @@ def train(
             precision=cfg.precision,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
+            seed=cfg.seed,
             output=output,
             metrics=metrics,
             console=console,
@@ -152,16 +154,32 @@ def train(
 
 
 def _model_config(cfg: RunConfig) -> SpeechLMConfig:
+    """The architecture that is trained, with the adapters the recipe adds."""
     if cfg.weights is None:
         assert cfg.model is not None
-        return cfg.model
-    stored = read_config(resolve_path(cfg.weights))
-    if cfg.model is not None and cfg.model != stored:
+        model = cfg.model
+    else:
+        model = read_config(resolve_path(cfg.weights))
+        if cfg.model is not None and cfg.model != model:
+            raise ConfigError(
+                f"'model' of the recipe differs from the architecture of weights={cfg.weights!r}: leave "
+                f"'model' out, or leave 'weights' out to train from random weights."
+            )
+    if model.lora and cfg.lora and model.lora != cfg.lora:
         raise ConfigError(
-            f"'model' of the recipe differs from the architecture of weights={cfg.weights!r}: leave "
-            f"'model' out, or leave 'weights' out to train from random weights."
+            f"'lora' of the recipe differs from the adapters the model has ({_patterns(model.lora)}): leave "
+            f"'lora' out to train those, or merge them first with `llaso convert to-hf`."
         )
-    return stored
+    model = dataclasses.replace(model, lora=cfg.lora or model.lora)
+    try:
+        abstract_params(model)
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
+    return model
+
+
+def _patterns(rules: tuple[LoraRule, ...]) -> str:
+    return ", ".join(repr(rule.pattern) for rule in rules)
 
 
 def _initial_params(
@@ -171,6 +189,9 @@ def _initial_params(
     if cfg.weights is None:
         return random_params(model, layout, cfg.seed), {}
     _, params, hf_config = load_pretrained(resolve_path(cfg.weights), mesh=layout.mesh)
+    there = flatten(params)
+    if new := [path for path in abstract_params(model) if path not in there]:  # adapters
+        params = merge(params, random_params(model, layout, cfg.seed, wanted=set(new).__contains__))
     return params, hf_config
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.dropout import use_dropout
 from llaso_jax.modeling.functional import (
     Params,
     abstract_params,
@@ -18,7 +19,7 @@ from llaso_jax.modeling.functional import (
     merge,
     unflatten,
 )
-from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.modeling.speech_lm import LossConfig, SpeechLMConfig
 from llaso_jax.sharding.rules import use_rules
 from llaso_jax.training.optimizer import global_norm
 from llaso_jax.training.state import Layout, TrainState, state_shardings
@@ -29,7 +30,7 @@ Batch = dict[str, Any]
 class StepMetrics(NamedTuple):
     """Results of one step; stays on the device until it is read.
 
-    loss: mean cross-entropy of the supervised tokens of all micro-batches (nats).
+    loss: mean loss of the supervised tokens of all micro-batches (nats).
     grad_norm: global gradient norm before clipping.
     answers: supervised tokens.
     row_losses: f32[G, B] summed loss of each row: tells which rows a non-finite loss came from.
@@ -50,15 +51,21 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     trainable: Params,
     layout: Layout,
+    *,
+    loss: LossConfig | None = None,
+    seed: int = 0,
 ) -> TrainStep:
     """The jitted step `(state, frozen, batch, learning_rate) -> (state, metrics)`; state is donated.
 
     batch holds micro-batches of the batch contract, leaves [G, B, ...] (see `place_batch`). The loss is
     the sum over supervised tokens divided by their number in all G micro-batches on all devices, so
     it does not depend on how the batch is split. Stages that train the same parameters with
-    the same optimizer share one step and its compiled programs.
+    the same optimizer share one step and its compiled programs. `seed` draws the dropout of adapters, the
+    same on every mesh.
     """
-    return _train_step(cfg, compute, optimizer, tuple(flatten(trainable)), layout)
+    return _train_step(
+        cfg, compute, optimizer, tuple(flatten(trainable)), layout, loss or LossConfig(), seed
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -68,14 +75,21 @@ def _train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     paths: tuple[str, ...],
     layout: Layout,
+    objective: LossConfig,
+    seed: int,
 ) -> TrainStep:
     infos = abstract_params(cfg)
     trainable = unflatten(
         {path: jax.ShapeDtypeStruct(infos[path].shape, jnp.float32) for path in paths}
     )
 
-    def summed_loss(trained: Params, frozen: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        return bind(cfg, merge(trained, frozen), compute).losses(micro)
+    drops = any(rule.dropout for rule in cfg.lora)
+
+    def summed_loss(
+        trained: Params, frozen: Params, micro: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        with use_dropout(key if drops else None):
+            return bind(cfg, merge(trained, frozen), compute).losses(micro, objective)
 
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
@@ -84,25 +98,27 @@ def _train_step(
     def step(
         state: TrainState, frozen: Params, batch: Batch, learning_rate: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        def accumulate(carry, micro: Batch):
+        def accumulate(carry, micro_and_key: tuple[Batch, jax.Array]):
             grads, total = carry
-            (loss, rows), more = gradient(state.trainable, frozen, micro)
+            (loss, rows), more = gradient(state.trainable, frozen, *micro_and_key)
             # Reduce-scattered into the storage layout: no device ever holds a whole gradient tree.
             more = jax.lax.with_sharding_constraint(more, shardings.trainable)
             return (jax.tree.map(jnp.add, grads, more), total + loss), rows
 
         carry = (jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(()))
         count = len(batch["tokens"])
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
         with use_rules(layout.mesh, layout.rules):
             if count == 1 or on_cpu:
                 # XLA:CPU runs the layers' loops inside another loop much slower (0.28 -> 0.64 s).
                 rows = []
                 for index in range(count):
-                    carry, more_rows = accumulate(carry, {k: v[index] for k, v in batch.items()})
+                    micro = {name: leaves[index] for name, leaves in batch.items()}
+                    carry, more_rows = accumulate(carry, (micro, keys[index]))
                     rows.append(more_rows)
                 rows = jnp.stack(rows)
             else:
-                carry, rows = jax.lax.scan(accumulate, carry, batch)
+                carry, rows = jax.lax.scan(accumulate, carry, (batch, keys))
         grads, total = carry
         answers = (batch["answer_index"] >= 0).sum()
         tokens = jnp.maximum(answers, 1).astype(jnp.float32)
