@@ -30,6 +30,8 @@ examples:
     llaso convert from-hf faster-whisper-tiny/ SmolLM2-135M-Instruct.gguf --output small/
   back to a LLaSO folder, and to folders transformers loads
     llaso convert to-hf llaso/ --output hf/ --whisper hf-whisper/ --llama hf-llama/
+  a CTranslate2 Whisper as a folder transformers transcribes with
+    llaso convert to-hf faster-whisper-tiny/ --whisper hf-whisper/
   what is this, is it whole, and which command converts it
     llaso convert inspect LLaSO-Base-3.8B-Instruct/
   are these the same model
@@ -182,7 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--whisper",
         metavar="DIR",
-        help="also write a stock WhisperModel (encoder, empty decoder) here",
+        help="also write a stock Whisper here: with its decoder if MODEL is a Whisper that has one, else a "
+        "WhisperModel with an empty decoder",
     )
     write.add_argument(
         "--projector", metavar="FILE", help="also write the projector alone here (.bin)"

@@ -5,7 +5,9 @@ python scripts/benchmark_conversion.py --work DIR [--repeats 3] [--size base] [-
 Makes a checkpoint in LLaSO layout (bfloat16; `base`: 3.8 B parameters, 7.7 GB) and the same weights as stock Llama
 and Whisper folders, if DIR has none yet. Then, each in a process of its own and all in turn:
 
-  transformers   from_pretrained of the Llama and the Whisper folder with torch, every weight copied to memory
+  mapped         from_pretrained of the Llama and the Whisper folder with torch: views of the mapped files, whose
+                 pages are touched
+  transformers   the same, every weight then copied to memory of its own, as training and devices need it
   load           the LLaSO folder onto the devices of the mesh (`load_params`)
   import         the LLaSO folder into a model folder (`llaso convert from-hf`)
   export         that model folder into a LLaSO folder (`llaso convert to-hf`)
@@ -28,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SIZES = ("base", "tiny")
-TASKS = ("transformers", "load", "import", "export")
+TASKS = ("mapped", "transformers", "load", "import", "export")
 
 
 def main() -> None:
@@ -97,6 +99,7 @@ def run_task(args: argparse.Namespace) -> dict[str, float]:
     """Seconds and gigabytes of one task in this process."""
     prepare = {
         "make": make_checkpoint,
+        "mapped": load_with_transformers,
         "transformers": load_with_transformers,
         "load": load_onto_devices,
         "import": import_to_orbax,
@@ -183,7 +186,7 @@ def make_checkpoint(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def load_with_transformers(args: argparse.Namespace) -> Callable[[], None]:
-    """The Llama and the Whisper folder as torch modules, in memory of their own."""
+    """The Llama and the Whisper folder as torch modules; task `transformers`: in memory of their own."""
     import torch
     from transformers import LlamaForCausalLM, WhisperModel
 
@@ -192,8 +195,10 @@ def load_with_transformers(args: argparse.Namespace) -> Callable[[], None]:
         whisper = WhisperModel.from_pretrained(args.work / "whisper", dtype=torch.bfloat16)
         for model in (llama, whisper):
             for parameter in model.parameters():
-                # A parameter may still be a view of the mapped file: reading it makes it memory.
-                parameter.data.flatten()[::2048].float().sum()
+                if args.task == "transformers":
+                    parameter.data = parameter.data.clone()
+                else:
+                    parameter.data.flatten()[::2048].float().sum()
 
     return load
 

@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_conversion_support import (
     ALIGNER,
     ORACLE_NAMES,
@@ -19,6 +21,7 @@ from test_conversion_support import (
 
 from llaso_jax.conversion import (
     ExportOptions,
+    Weights,
     export_llama,
     export_llaso,
     export_whisper,
@@ -29,8 +32,11 @@ from llaso_jax.conversion import (
     read_info,
     save_model,
 )
+from llaso_jax.conversion.tensors import array_tensor
 from llaso_jax.modeling.functional import flatten, param_shardings
+from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.rope import RopeScaling
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
 
 
@@ -275,3 +281,31 @@ def test_tower_can_be_left_out(tmp_path):
     )
     assert not any(name.startswith(TOWER) for name in read_state(out))
     assert gather_weights(out).cfg == weights.cfg
+
+
+def test_a_step_that_donates_loaded_weights_changes_no_other_array():
+    """On the CPU, devices share the memory a replicated weight was read into."""
+    mesh = make_mesh("8x1")
+    values = np.arange(2**20, dtype=np.float32).reshape(2**14, 64)  # 4 MB: pages of its own
+    text = LlamaConfig(
+        vocab_size=2**14, hidden_size=64, num_attention_heads=4, num_key_value_heads=2
+    )
+    weights = Weights(
+        cfg=SpeechLMConfig(text=text),
+        parts=("language_model",),
+        pieces={"language_model/embed_tokens/weight": [array_tensor(values)]},
+        hf_config={},
+        ignored=(),
+        notes=(),
+        source=None,
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = dict.fromkeys(weights.pieces, replicated)
+    first, second = load_params(weights, shardings), load_params(weights, shardings)
+    step = jax.jit(lambda table: table * 2, donate_argnums=0, out_shardings=replicated)
+    (path,) = weights.pieces
+    doubled = step(flatten(first)[path])
+    for shard in doubled.addressable_shards:
+        np.testing.assert_array_equal(shard.data, 2 * values)
+    for shard in flatten(second)[path].addressable_shards:
+        np.testing.assert_array_equal(shard.data, values)

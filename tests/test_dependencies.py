@@ -38,6 +38,7 @@ PURE_STDLIB = {
     "types",
     "typing",
     "warnings",
+    "zlib",
 }
 NUMERIC = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 # sharding reads what the compiler wrote and describes what it knows; still no files.

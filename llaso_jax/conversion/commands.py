@@ -35,6 +35,7 @@ from llaso_jax.conversion.tensors import target_dtype
 from llaso_jax.conversion.tokenizer_files import fit_tokenizer
 from llaso_jax.conversion.verification import verify as verify_weights
 from llaso_jax.conversion.weights import Weights, gather_weights
+from llaso_jax.conversion.whisper_decoder import whisper_decoder
 from llaso_jax.conversion.writing import check_target
 from llaso_jax.errors import LlasoError
 from llaso_jax.sharding.mesh import make_mesh
@@ -161,8 +162,12 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
                 options=options(progress),
             )
     if args.whisper:
-        with _bar(console, "Whisper", len(slots(cfg, ("audio_tower",))) + 4) as progress:
-            export_whisper(args.whisper, cfg, weights.pieces, options=options(progress))
+        decoder = whisper_decoder(weights.whisper) if weights.whisper else None
+        others = len(decoder.tensors) if decoder else 4
+        with _bar(console, "Whisper", len(slots(cfg, ("audio_tower",))) + others) as progress:
+            export_whisper(
+                args.whisper, cfg, weights.pieces, decoder=decoder, options=options(progress)
+            )
     if args.projector:
         export_projector(args.projector, cfg, weights.pieces, overwrite=args.overwrite)
     for path in wanted:

@@ -1,4 +1,4 @@
-"""Whisper encoders in CTranslate2's model.bin, under their Hugging Face names.
+"""Whispers in CTranslate2's model.bin, under their Hugging Face names.
 
 Layout (little-endian; `str` is u16 length, NUL included, and bytes): `u32 version | str specification |
 u32 revision | u32 n`, n times `str name | u8 rank | u32 shape[rank] | u8 dtype | u32 bytes | data`, then
@@ -33,30 +33,53 @@ DTYPES: tuple[np.dtype, ...] = (
     BFLOAT16,
 )
 
-# Name in the encoder scope -> Hugging Face name. linear_0 of self_attention is split into q, k, v.
+# Name in the scope of encoder or decoder -> Hugging Face name.
+_LEAVES = ("weight", "bias")
 _NORM = {"gamma": "weight", "beta": "bias"}
 _STEM = {
-    **{
-        f"{conv}/{leaf}": f"{conv}.{leaf}"
-        for conv in ("conv1", "conv2")
-        for leaf in ("weight", "bias")
-    },
+    **{f"{conv}/{leaf}": f"{conv}.{leaf}" for conv in ("conv1", "conv2") for leaf in _LEAVES},
+    "embeddings/weight": "embed_tokens.weight",
     "position_encodings/encodings": "embed_positions.weight",
     **{f"layer_norm/{ours}": f"layer_norm.{leaf}" for ours, leaf in _NORM.items()},
 }
 _LAYER = {
     **{f"self_attention/layer_norm/{a}": f"self_attn_layer_norm.{b}" for a, b in _NORM.items()},
+    **{f"attention/layer_norm/{a}": f"encoder_attn_layer_norm.{b}" for a, b in _NORM.items()},
     **{f"ffn/layer_norm/{a}": f"final_layer_norm.{b}" for a, b in _NORM.items()},
     **{
-        f"self_attention/linear_1/{leaf}": f"self_attn.out_proj.{leaf}"
-        for leaf in ("weight", "bias")
+        f"{theirs}/{leaf}": f"{ours}.{leaf}"
+        for theirs, ours in {
+            "self_attention/linear_1": "self_attn.out_proj",
+            "attention/linear_0": "encoder_attn.q_proj",
+            "attention/linear_2": "encoder_attn.out_proj",
+            "ffn/linear_0": "fc1",
+            "ffn/linear_1": "fc2",
+        }.items()
+        for leaf in _LEAVES
     },
-    **{f"ffn/linear_0/{leaf}": f"fc1.{leaf}" for leaf in ("weight", "bias")},
-    **{f"ffn/linear_1/{leaf}": f"fc2.{leaf}" for leaf in ("weight", "bias")},
 }
-_FUSED = re.compile(r"self_attention/linear_0/(weight|bias)")
-# Flags of the specification that change nothing in an encoder, and what they must be.
-_FLAGS = ("activation", "alibi", "pre_norm", "num_heads", "scale_alibi", "multi_query_attention")
+# Linear layers that are several of Hugging Face's, stacked along the first axis.
+_FUSED = {
+    f"{theirs}/{leaf}": (*projections, leaf)
+    for theirs, projections in {
+        "self_attention/linear_0": ("self_attn", "qkv"),
+        "attention/linear_1": ("encoder_attn", "kv"),
+    }.items()
+    for leaf in _LEAVES
+}
+# Settings of the specification, kept beside the weights: those of Whisper, which compute nothing else here.
+_FLAGS = (
+    "activation",
+    "alibi",
+    "alignment_heads",
+    "alignment_layer",
+    "multi_query_attention",
+    "num_heads",
+    "pre_norm",
+    "scale_alibi",
+    "scale_embeddings",
+    "start_from_zero_embedding",
+)
 
 
 def looks_like_ctranslate2(file: ByteFile) -> bool:
@@ -87,14 +110,12 @@ class _Cursor:
 
 
 def read_ctranslate2(file: ByteFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Encoder tensors under the names of a WhisperModel (`encoder.…`), and its configuration.
-
-    Decoder tensors are returned under their own names with a `decoder.` prefix: known, never used.
+    """Tensors under the names of a WhisperModel (`encoder.…`, `decoder.…`), and its configuration.
 
     Raises:
       UnknownSourceError: another specification or version.
       CorruptFileError: damaged.
-      UnexpectedTensorError: encoder variables this reader does not know.
+      UnexpectedTensorError: variables this reader does not know.
       UnsupportedConfigError: a key bias that is not zero.
     """
     variables = _read_variables(file)
@@ -104,22 +125,24 @@ def read_ctranslate2(file: ByteFile) -> tuple[dict[str, Tensor], dict[str, Any]]
     for name, tensor in variables.items():
         scope, _, rest = name.partition("/")
         layer = re.fullmatch(r"layer_(\d+)/(.+)", rest)
-        if scope == "decoder":
-            tensors[f"decoder.{rest.replace('/', '.')}"] = tensor
-        elif scope == "encoder" and rest in _STEM:
-            tensors[f"encoder.{_STEM[rest]}"] = tensor
-        elif scope == "encoder" and layer and layer[2] in _LAYER:
-            tensors[f"encoder.layers.{layer[1]}.{_LAYER[layer[2]]}"] = tensor
-        elif scope == "encoder" and layer and (fused := _FUSED.fullmatch(layer[2])):
-            tensors |= _split(name, tensor, f"encoder.layers.{layer[1]}.self_attn", fused[1])
-        elif scope == "encoder" and rest.rsplit("/", 1)[-1] in _FLAGS:
-            if rest == "num_heads":
+        if scope not in ("encoder", "decoder"):
+            unknown.append(name)
+        elif rest in _STEM:
+            tensors[f"{scope}.{_STEM[rest]}"] = tensor
+        elif layer and layer[2] in _LAYER:
+            tensors[f"{scope}.layers.{layer[1]}.{_LAYER[layer[2]]}"] = tensor
+        elif layer and layer[2] in _FUSED:
+            attention, projections, leaf = _FUSED[layer[2]]
+            place = f"{scope}.layers.{layer[1]}.{attention}"
+            tensors |= _split(name, tensor, place, projections, leaf)
+        elif rest.rsplit("/", 1)[-1] in _FLAGS:
+            if name == "encoder/num_heads":
                 heads = int(tensor.read())
         else:
             unknown.append(name)
     if unknown:
         raise UnexpectedTensorError(
-            f"{file} has {len(unknown)} encoder variables that are not understood (quantized models "
+            f"{file} has {len(unknown)} variables that are not understood (quantized models "
             f"have weight_scale: convert with --quantization float16 or float32):\n{listing(unknown)}"
         )
     return tensors, _config(file, tensors, heads)
@@ -155,20 +178,22 @@ def _read_variables(file: ByteFile) -> dict[str, FileTensor]:
     return variables
 
 
-def _split(name: str, fused: FileTensor, attention: str, leaf: str) -> dict[str, Tensor]:
-    """q, k, v of a linear layer that stacks them along its first axis."""
-    if not fused.shape or fused.shape[0] % 3:
-        raise CorruptFileError(f"{name} of shape {fused.shape} does not split into q, k and v.")
-    width = fused.shape[0] // 3
+def _split(
+    name: str, fused: FileTensor, attention: str, projections: str, leaf: str
+) -> dict[str, Tensor]:
+    """The linear layers `projections` ("qkv", "kv") that one layer stacks along its first axis."""
+    if not fused.shape or fused.shape[0] % len(projections):
+        raise CorruptFileError(
+            f"{name} of shape {fused.shape} does not split into {', '.join(projections)}."
+        )
+    width = fused.shape[0] // len(projections)
     parts = {
         f"{attention}.{proj}_proj.{leaf}": fused.rows(i * width, (i + 1) * width)
-        for i, proj in enumerate("qkv")
+        for i, proj in enumerate(projections)
     }
     key_bias = parts.pop(f"{attention}.k_proj.bias", None)
     if key_bias is not None and np.any(key_bias.read()):
-        raise UnsupportedConfigError(
-            f"{name} has a key bias that is not zero: not a Whisper encoder."
-        )
+        raise UnsupportedConfigError(f"{name} has a key bias that is not zero: not a Whisper.")
     return dict(parts)
 
 

@@ -37,8 +37,15 @@ from llaso_jax.conversion.tables import (
     part_infos,
     slots,
 )
-from llaso_jax.conversion.tensors import FLOAT_DTYPES, row_boxes, target_dtype
+from llaso_jax.conversion.tensors import (
+    FLOAT_DTYPES,
+    Tensor,
+    array_tensor,
+    row_boxes,
+    target_dtype,
+)
 from llaso_jax.conversion.torch_file import write_torch
+from llaso_jax.conversion.whisper_decoder import WhisperDecoder
 from llaso_jax.conversion.writing import (
     GENERATION_CONFIG,
     TOKENIZER_FILES,
@@ -140,42 +147,64 @@ def export_whisper(
     cfg: SpeechLMConfig,
     params: Params | Pieces,
     *,
+    decoder: WhisperDecoder | None = None,
     options: ExportOptions = ExportOptions(),
 ) -> Path:
-    """Write the audio tower as a transformers WhisperModel whose decoder has no layers.
+    """Write the audio tower as transformers' WhisperForConditionalGeneration, or as a WhisperModel without layers
+    in its decoder.
 
     There is no stock class for an encoder alone. The tensors such a model must have beside the encoder
     (a token table, a position table, a norm) are written as one row each, so that it loads with
     nothing missing; `WhisperModel.from_pretrained(folder).encoder` is the encoder, as upstream loads it.
+
+    Args:
+      folder: where to.
+      cfg: the model.
+      params: nested parameters, or tensors that are not read yet; with the audio tower at least.
+      decoder: goes with it: then the folder transcribes, with tokenizer and generation settings.
+      options: dtype, overwriting, progress.
     """
     parts = ("audio_tower",)
-    table = slots(cfg, parts, WHISPER)
+    prefix = "model." if decoder else ""
+    table = slots(cfg, parts, Prefixes(audio_tower=f"{prefix}{WHISPER.audio_tower}"))
     tensors = _Exporter(cfg, params, parts, table, options)
-    width = (cfg.audio.d_model,)
-    tensors.extra = {
-        "decoder.embed_tokens.weight": np.zeros((1, *width)),
-        "decoder.embed_positions.weight": np.zeros((1, *width)),
-        "decoder.layer_norm.weight": np.ones(width),
-        "decoder.layer_norm.bias": np.zeros(width),
-    }
+    rest = decoder.tensors if decoder else _no_decoder(cfg.audio.d_model)
+    tensors.extra = {f"{prefix}decoder.{name}": tensor for name, tensor in rest.items()}
     config = {
-        **whisper_to_hf(cfg.audio),
-        "decoder_layers": 0,
+        **_WITHOUT_DECODER,
         "decoder_attention_heads": cfg.audio.encoder_attention_heads,
         "decoder_ffn_dim": cfg.audio.encoder_ffn_dim,
-        "vocab_size": 1,
-        "max_target_positions": 1,
-        **dict.fromkeys(
-            ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0
-        ),
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
+        **(decoder.config if decoder else {}),
+        **whisper_to_hf(cfg.audio),
         "torch_dtype": tensors.main_dtype,
     }
+    if decoder:
+        config["architectures"] = ["WhisperForConditionalGeneration"]
     with new_folder(folder, overwrite=options.overwrite) as partial:
         tensors.write(partial)
         _write_json(partial / "config.json", config)
+        if decoder and jax.process_index() == 0:
+            decoder.write_files(partial, cfg.audio)
     return Path(folder).absolute()
+
+
+_WITHOUT_DECODER: Json = {
+    "decoder_layers": 0,
+    "vocab_size": 1,
+    "max_target_positions": 1,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+
+def _no_decoder(width: int) -> dict[str, Tensor]:
+    """What a decoder without layers has."""
+    shapes = {"embed_tokens": (1, width), "embed_positions": (1, width), "layer_norm": (width,)}
+    tensors = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    tensors["layer_norm.weight"] += 1
+    tensors["layer_norm.bias"] = np.zeros(width, np.float32)
+    return {name: array_tensor(values) for name, values in tensors.items()}
 
 
 def export_projector(
@@ -250,7 +279,7 @@ class _Exporter:
             self.pieces = merge_pieces(cfg, self.pieces)
         self.table = table
         self.options = options
-        self.extra: dict[str, np.ndarray] = {}
+        self.extra: dict[str, Tensor] = {}
         if options.dtype is not None and jnp.dtype(options.dtype) not in FLOAT_DTYPES:
             raise TensorDtypeError(
                 f"dtype {options.dtype!r} cannot be exported; choose one of "
@@ -271,16 +300,13 @@ class _Exporter:
 
     def blocks(self, slot: Slot) -> Iterator[Callable[[], np.ndarray]]:
         """The values of one tensor on the host, in rows that follow each other, read when called."""
-        tensor, dtype = self.pieces[slot.path][slot.layer or 0], self.dtype(slot)
         # slot.split leaves rows that pad the vocabulary behind.
-        for box in row_boxes(tensor, slot.split):
-            yield lambda box=box: tensor.read(box).astype(dtype, copy=False)
+        return _blocks(self.pieces[slot.path][slot.layer or 0], slot.split, self.dtype(slot))
 
     def specs(self) -> Specs:
         specs: Specs = {name: (s.shape, self.dtype(s)) for name, s in self.table.items()}
-        return specs | {
-            name: (value.shape, jnp.dtype(self.main_dtype)) for name, value in self.extra.items()
-        }
+        main = jnp.dtype(self.main_dtype)
+        return specs | {name: (tensor.shape, main) for name, tensor in self.extra.items()}
 
     def values(self, specs: Specs) -> Iterator[np.ndarray]:
         """The values of all of `specs` in their order, in blocks; one is read while another is written."""
@@ -288,7 +314,7 @@ class _Exporter:
         def jobs() -> Iterator[Callable[[], np.ndarray]]:
             for name, (shape, dtype) in specs.items():
                 if name in self.extra:
-                    yield lambda name=name, dtype=dtype: self.extra[name].astype(dtype)
+                    yield from _blocks(self.extra[name], shape, dtype)
                 else:
                     yield from self.blocks(self.table[name])
                 if self.options.progress is not None:
@@ -329,6 +355,13 @@ class _Exporter:
         }
         if jax.process_index() == 0:
             write_torch(path, tensors)
+
+
+def _blocks(
+    tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[Callable[[], np.ndarray]]:
+    for box in row_boxes(tensor, shape):
+        yield lambda box=box: tensor.read(box).astype(dtype, copy=False)
 
 
 def _pieces(cfg: SpeechLMConfig, params: Params | Pieces, parts: tuple[str, ...]) -> Pieces:

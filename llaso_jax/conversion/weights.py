@@ -36,6 +36,7 @@ class Weights:
       ignored: names in the sources that are known and not needed.
       notes: decisions a person should see, one line each.
       source: path of the language model, beside which its tokenizer is looked for.
+      whisper: the Whisper that was given, whose decoder `export_whisper` can hand on.
     """
 
     cfg: SpeechLMConfig
@@ -45,6 +46,7 @@ class Weights:
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
     source: Path | None
+    whisper: Source | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -132,6 +134,7 @@ def gather_weights(
         ignored=tuple(sorted(set(record.ignored))),
         notes=tuple(record.notes),
         source=source.path if source else None,
+        whisper=sources.whisper,
     )
     return grow_vocabulary(weights, vocab_size or 0, multiple_of=vocab_multiple_of)
 
