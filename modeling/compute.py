@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llaso_jax.modeling.dropout import layer_keys, use_dropout
 from llaso_jax.modeling.kernels.attention.api import Implementation
 
-RematPolicy = Literal["none", "dots", "layer"]
+RematPolicy = Literal["none", "dots", "layer", "offload"]
+_LAYER_INPUT = "layer_input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class ComputeConfig:
       dtype: dtype of activations and matrix products. float32 on CPU (XLA:CPU bf16 is 2.5-12.7x
         slower), bfloat16 on accelerators; norms, softmax, RoPE and loss are f32 always.
       remat: what the backward pass recomputes inside a layer. none: nothing; dots: everything but
-        the outputs of matrix products; layer: the whole layer.
+        the outputs of matrix products; layer: the whole layer; offload: the whole layer, its inputs
+        waiting in the host's memory.
       attention: implementation of attention (modeling/kernels/attention).
     """
 
@@ -56,6 +59,8 @@ def scan_layers(
 
     def step(x: jax.Array, scanned: tuple[Any, jax.Array | None]):
         layer, key = scanned
+        if policy == "offload":
+            x = checkpoint_name(x, _LAYER_INPUT)
         with use_dropout(key):
             return body(x, layer)
 
@@ -65,10 +70,16 @@ def scan_layers(
 def _rematerialize(body: Callable, policy: RematPolicy) -> Callable:
     if policy == "none":
         return body
-    saved = (
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        if policy == "dots"
-        else jax.checkpoint_policies.nothing_saveable
-    )
+    policies = jax.checkpoint_policies
+    saved = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "layer": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[policy]
     # Inside scan the barrier against common-subexpression elimination is not needed (jax.checkpoint docs).
     return jax.checkpoint(body, policy=saved, prevent_cse=False)

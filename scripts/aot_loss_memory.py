@@ -7,13 +7,6 @@ Needs `pip install 'llaso-jax[tpu]'` (libtpu compiles without a TPU).
 """
 
 import argparse
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu only compiles
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # these three: no search for a TPU
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 
 def main() -> None:
@@ -29,17 +22,11 @@ def main() -> None:
 
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from llaso_jax.modeling.kernels.cross_entropy import cross_entropy, reference_cross_entropy
+    from llaso_jax.planning.topology import tpu_devices
 
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
-    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise SystemExit(
-            f"no compiler for {args.topology} ({error}): pip install 'llaso-jax[tpu]'"
-        ) from error
-    on_chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    on_chip = jax.sharding.SingleDeviceSharding(tpu_devices(args.topology)[0])
 
     def spec(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=on_chip)

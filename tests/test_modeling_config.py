@@ -217,7 +217,7 @@ def gradient_program(compute: ComputeConfig) -> str:
 
 COMPUTE_CHANGES: dict[str, list[ComputeConfig]] = {
     "dtype": [ComputeConfig(dtype="bfloat16")],
-    "remat": [ComputeConfig(remat="dots"), ComputeConfig(remat="layer")],
+    "remat": [ComputeConfig(remat=remat) for remat in ("dots", "layer", "offload")],
     "attention": [ComputeConfig(attention="chunked")],  # BASE is small: auto is reference
 }
 

@@ -305,7 +305,7 @@ def _plain() -> Any:
     return loss_and_gradients(tiny_config(), make_batch(ROWS, tiny_config(), mel_length=MEL))
 
 
-@pytest.mark.parametrize("remat", ["dots", "layer"])
+@pytest.mark.parametrize("remat", ["dots", "layer", "offload"])
 def test_rematerialization_changes_neither_loss_nor_gradients(remat):
     cfg = tiny_config()
     batch = make_batch(ROWS, cfg, mel_length=MEL)

@@ -1,7 +1,6 @@
 """The recipes in configs/: they parse, they train what they say, and LLaSO-Base's are the published ones."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,13 +11,13 @@ from llaso_jax.config import RECIPES, RunConfig, load_config, resolve_path
 from llaso_jax.data.config import DataConfig
 from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.compute import ComputeConfig
-from llaso_jax.modeling.frames import CHUNK_MEL_FRAMES, audio_slots, projected_frames
-from llaso_jax.modeling.functional import abstract_params, split, unflatten
+from llaso_jax.modeling.frames import CHUNK_MEL_FRAMES, audio_slots
+from llaso_jax.modeling.functional import abstract_params
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
-from llaso_jax.training.optimizer import OptimizerConfig, learning_rate_scales, make_optimizer
-from llaso_jax.training.state import Layout, TrainState, state_shardings
-from llaso_jax.training.step import make_train_step
+from llaso_jax.training.abstract import abstract_step
+from llaso_jax.training.optimizer import OptimizerConfig, learning_rate_scales
+from llaso_jax.training.state import Layout
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 LLASO_BASE = tuple(name for name in NAMES if name.startswith("llaso_base"))
@@ -188,16 +187,11 @@ def test_a_step_of_llaso_base_traces_without_memory(name: str, mesh: str):
     recipe = load_config(name)
     (stage,) = recipe.stages
     layout = Layout.of(BASE, make_mesh(mesh, devices=jax.devices()[: int(mesh[0])]))
-    scales = learning_rate_scales(abstract_params(BASE), stage.parameters)
-    trainable, frozen = abstract_split(layout, scales)
-    optimizer = make_optimizer(stage.optimizer, scales)
     compute = ComputeConfig(dtype="bfloat16", remat=recipe.precision.remat)
-    step = make_train_step(BASE, compute, optimizer, trainable, layout)
-    state = abstract_state(trainable, optimizer, layout)
-    batch = abstract_batch(stage.data, stage.accumulation)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    step, arguments = abstract_step(BASE, stage, layout, compute)
+    state = arguments[0]
 
-    after, metrics = jax.eval_shape(step, state, frozen, batch, rate)
+    after, metrics = jax.eval_shape(step, *arguments)
 
     assert shapes(after) == shapes(state)
     assert metrics.loss.shape == ()
@@ -208,48 +202,7 @@ def test_a_step_of_llaso_base_traces_without_memory(name: str, mesh: str):
     )
     # Two moments per trained parameter and nothing for frozen ones.
     moments = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim)
-    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(trainable))
-
-
-def abstract_split(layout: Layout, scales: Mapping[str, float | None]) -> tuple[Any, Any]:
-    """Trainable f32 and frozen bf16 parameters of LLaSO-Base as shapes in their shards."""
-    params = unflatten(
-        {
-            path: jax.ShapeDtypeStruct(
-                info.shape,
-                jnp.bfloat16 if scales[path] is None else jnp.float32,
-                sharding=layout.params[path],
-            )
-            for path, info in abstract_params(BASE).items()
-        }
-    )
-    return split(params, lambda path: scales[path] is not None)
-
-
-def abstract_state(trainable: Any, optimizer: Any, layout: Layout) -> TrainState:
-    shardings = state_shardings(trainable, optimizer, layout)
-    opt_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(optimizer.init, trainable),
-        shardings.opt_state,
-    )
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return TrainState(number, trainable, opt_state)
-
-
-def abstract_batch(data: DataConfig, accumulation: int) -> dict[str, jax.ShapeDtypeStruct]:
-    g, b, c = accumulation, data.rows // accumulation, data.chunks_per_row
-    wide, answers = (g, b, data.sequence_length), (g, b, data.answers_per_row)
-    assert projected_frames(CHUNK_MEL_FRAMES) == 1500
-    bins = BASE.audio.num_mel_bins
-    batch = dict.fromkeys(("tokens", "audio_slot", "positions", "segment_ids"), wide)
-    batch |= dict.fromkeys(("answer_index", "answer_token"), answers)
-    ints = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in batch.items()}
-    return {
-        **ints,
-        "mel": jax.ShapeDtypeStruct((g, b, c, bins, CHUNK_MEL_FRAMES), jnp.float32),
-        "mel_frames": jax.ShapeDtypeStruct((g, b, c), jnp.int32),
-    }
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
 
 
 def shapes(tree: Any) -> Any:

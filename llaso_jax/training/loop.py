@@ -33,7 +33,12 @@ from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.training.checkpoint import StageCheckpoints
 from llaso_jax.training.interrupt import StopRequest
 from llaso_jax.training.metrics import MetricsWriter, peak_flops
-from llaso_jax.training.optimizer import learning_rate_at, learning_rate_scales, make_optimizer
+from llaso_jax.training.optimizer import (
+    learning_rate_at,
+    learning_rate_scales,
+    make_optimizer,
+    trains_weights,
+)
 from llaso_jax.training.report import StepBar
 from llaso_jax.training.state import Layout, TrainState, create_state, split_params
 from llaso_jax.training.step import StepMetrics, make_train_step, place_batch
@@ -100,9 +105,8 @@ class StageRun:
             loss=stage.loss,
             seed=place.seed,
         )
-        own = [path for path, scale in scales.items() if scale and "/lora_" not in path]
-        self.trains_encoder = any(path.startswith("audio_tower/") for path in own)
-        self.trains_decoder = any(path.startswith("language_model/") for path in own)
+        self.trains_encoder = trains_weights(scales, "audio_tower")
+        self.trains_decoder = trains_weights(scales, "language_model")
         self.compute = compute
 
         self.data = data = resolve_data(stage.data, index_dir=place.output / "index")

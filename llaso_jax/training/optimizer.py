@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 import jax
@@ -123,6 +123,14 @@ def learning_rate_scales(
     if all(scale is None for scale in scales.values()):
         raise ConfigError("every parameter is frozen by 'parameters': nothing would be trained.")
     return scales
+
+
+def trains_weights(scales: Mapping[str, float | None], part: str) -> bool:
+    """Whether weights of `part` are trained: its own, not only adapters beside them."""
+    return any(
+        scale is not None and path.startswith(f"{part}/") and "/lora_" not in path
+        for path, scale in scales.items()
+    )
 
 
 def make_optimizer(

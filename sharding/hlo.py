@@ -1,0 +1,249 @@
+"""Reading a compiled program: its operations, how often each runs, and the FLOPs of its matrix products.
+
+XLA's own cost analysis counts the body of a loop once, whatever its trip count; here bodies count as often as
+they run. Source of the text format: `jax.stages.Compiled.as_text()` (openxla/xla hlo_instruction.cc).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+Shape = tuple[str, tuple[int, ...]]
+"""Element type and dimensions, such as ("bf16", (8, 128))."""
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (\(.*\) -> .*)?\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_DIM_LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
+
+
+class HloError(ValueError):
+    """A program text that is not understood."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line of a computation.
+
+    Attributes:
+      name: unique in its computation.
+      opcode: "dot", "while", "all-gather", ...
+      shapes: what it gives; several for a tuple.
+      operands: names of what it takes, of the same computation.
+      arguments: the text between its parentheses: the value of a constant.
+      rest: the text behind the operands: attributes and metadata.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    rest: str
+
+    def sizes(self, attribute: str) -> tuple[int, ...]:
+        """The numbers of an attribute such as lhs_contracting_dims={1,2}; () if it is not there."""
+        found = re.search(rf"{attribute}=\{{([\d,]*)\}}", self.rest)
+        return tuple(int(n) for n in found[1].split(",") if n) if found else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: its computations by name, and which of them it begins with."""
+
+    computations: dict[str, dict[str, Operation]]
+    entry: str
+
+    @functools.cached_property
+    def runs(self) -> dict[str, int]:
+        """How often each computation runs; a branch counts as if it were always taken."""
+        counts = dict.fromkeys(self.computations, 0)
+
+        def visit(name: str, times: int) -> None:
+            if name not in self.computations:
+                return
+            counts[name] += times
+            for operation in self.computations[name].values():
+                for called, factor in self._calls(operation):
+                    visit(called, times * factor)
+
+        visit(self.entry, 1)
+        return counts
+
+    def _calls(self, operation: Operation) -> Iterator[tuple[str, int]]:
+        """Computations an operation runs, and how often each time."""
+        times = self._trips(operation) if operation.opcode == "while" else 1
+        for name in _CALLED.findall(operation.rest):
+            yield name, times
+        if branches := _BRANCHES.search(operation.rest):
+            for name in re.findall(r"[\w.\-]+", branches[1]):
+                yield name, 1
+
+    def _trips(self, loop: Operation) -> int:
+        """As XLA notes them beside a loop, or from its condition `index < N`: JAX's loops count up from 0.
+
+        Raises:
+          HloError: neither says.
+        """
+        if noted := _TRIPS.search(loop.rest):
+            return int(noted[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        operations = self.computations[condition[1]] if condition else {}
+        *_, last = operations.values()
+        if last.opcode == "compare" and "direction=LT" in last.rest:
+            for name in last.operands:
+                if operations[name].opcode == "constant":
+                    return int(operations[name].arguments)
+        raise HloError(f"how often does {loop.name} run? Its condition is not index < constant.")
+
+    def operations(self, *opcodes: str) -> Iterator[tuple[Operation, int]]:
+        """Operations with one of `opcodes` (default: all), and how often each runs."""
+        for name, times in self.runs.items():
+            for operation in self.computations[name].values():
+                if times and (not opcodes or operation.opcode in opcodes):
+                    yield operation, times
+
+    def shapes(self) -> set[Shape]:
+        """Every array that any operation gives."""
+        return {shape for operation, _ in self.operations() for shape in operation.shapes}
+
+
+def parse(text: str) -> Program:
+    """The program of `jax.stages.Compiled.as_text()`.
+
+    Raises:
+      HloError: a text without an entry computation.
+    """
+    computations: dict[str, dict[str, Operation]] = {}
+    entry = None
+    current: dict[str, Operation] = {}
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+        elif match := _OPERATION.match(line):
+            operation = _operation(match[1], match[2])
+            current[operation.name] = operation
+    if entry is None:
+        raise HloError("the text has no ENTRY computation: give jax.stages.Compiled.as_text().")
+    return Program(computations, entry)
+
+
+def count_flops(program: Program) -> float:
+    """FLOPs of all matrix products, convolutions and kernels (a multiply-add counts 2), loops unrolled.
+
+    Kernels (custom calls) count what their cost estimate says.
+    """
+    total = 0.0
+    for name, times in program.runs.items():
+        if not times:
+            continue
+        computation = program.computations[name]
+        for operation in computation.values():
+            if operation.opcode == "dot":
+                total += times * _dot_flops(operation, computation)
+            elif operation.opcode == "convolution":
+                total += times * _convolution_flops(operation, computation)
+            elif operation.opcode == "custom-call" and (
+                found := _KERNEL_FLOPS.search(operation.rest)
+            ):
+                total += times * float(found[1])
+    return total
+
+
+def _operation(name: str, text: str) -> Operation:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    result, call = text[:end], text[end:].lstrip()
+    opening = call.index("(")
+    closing = _closing(call, opening)
+    arguments = call[opening + 1 : closing]
+    return Operation(
+        name=name,
+        opcode=call[:opening],
+        shapes=_arrays(result),
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        arguments=arguments,
+        rest=call[closing + 1 :],
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    raise HloError(f"a parenthesis is not closed: {text[:200]}")
+
+
+def _arrays(text: str) -> tuple[Shape, ...]:
+    # Layouts ({1,0:T(8,128)}) hold no [ ]; comments (/*index=5*/) neither.
+    return tuple(
+        (kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(text)
+    )
+
+
+def _dot_flops(operation: Operation, computation: dict[str, Operation]) -> float:
+    ((_, left),) = computation[operation.operands[0]].shapes
+    ((_, out),) = operation.shapes
+    contracted = math.prod(left[axis] for axis in operation.sizes("lhs_contracting_dims"))
+    return 2.0 * math.prod(out) * contracted
+
+
+def _convolution_flops(operation: Operation, computation: dict[str, Operation]) -> float:
+    """Multiply-adds with entries that are there: TPU programs write batched products as windows over padding."""
+    labels = _DIM_LABELS.search(operation.rest)
+    if labels is None:
+        raise HloError(f"a convolution without dim_labels: {operation.name}")
+    ((_, left),) = computation[operation.operands[0]].shapes
+    ((_, right),) = computation[operation.operands[1]].shapes
+    ((_, out),) = operation.shapes
+    fields = _window(operation)
+    pairs = 1
+    spatial = sorted(label for label in labels[1] if label.isdigit())
+    for index, label in enumerate(spatial):
+        pairs *= _valid_pairs(
+            left[labels[1].index(label)],
+            right[labels[2].index(label)],
+            out[labels[3].index(label)],
+            {name: values[index] for name, values in fields.items()},
+        )
+    features = right[labels[2].index("i")] * right[labels[2].index("o")]
+    return 2.0 * pairs * features * out[labels[3].index("b")]
+
+
+def _window(operation: Operation) -> dict[str, list[str]]:
+    """window={size=3x1 pad=1_1x0_0} as {"size": ["3", "1"], "pad": ["1_1", "0_0"]}."""
+    found = _WINDOW.search(operation.rest)
+    if found is None:
+        return {}
+    pairs = (field.split("=") for field in found[1].split())
+    return {name: values.split("x") for name, values in pairs}
+
+
+def _valid_pairs(inner: int, window: int, out: int, fields: dict[str, str]) -> int:
+    """(output, window) index pairs along one axis that meet an entry of the input.
+
+    Source: openxla/xla hlo_cost_analysis.cc HandleConvolution.
+    """
+    stride, dilation = int(fields.get("stride", 1)), int(fields.get("rhs_dilate", 1))
+    holes = int(fields.get("lhs_dilate", 1))
+    low = int(fields.get("pad", "0_0").split("_")[0])
+    count = 0
+    for index in range(window):
+        # Positions start, start + stride, ... of the input with `holes` - 1 gaps between its entries.
+        start = index * dilation - low
+        count += sum(
+            1
+            for o in range(out)
+            if 0 <= (at := start + o * stride) <= (inner - 1) * holes and at % holes == 0
+        )
+    return count
