@@ -78,7 +78,7 @@ def main() -> None:
         memory = compiled.memory_analysis()
         if memory is None:
             raise SystemExit(f"the compiler of {args.topology} gives no memory analysis")
-        flops = count_flops(parse(compiled.as_text())) * mesh.size
+        flops = count_flops(parse(compiled.as_text() or "")) * mesh.size
         print(
             f"| {remat} | {memory.peak_memory_in_bytes / 2**30:.2f} "
             f"| {memory.argument_size_in_bytes / 2**30:.2f} | {flops / 1e12:.1f} "

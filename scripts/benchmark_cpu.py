@@ -180,10 +180,12 @@ def converted(whisper: Any, llama: Any, projector: Any, **options: Any) -> tuple
 
     from llaso_jax.conversion import gather_weights, load_params
     from llaso_jax.conversion.source import Source
-    from llaso_jax.conversion.tensors import array_tensor
+    from llaso_jax.conversion.tensors import Tensor, array_tensor
 
     def source(kind: Any, state: dict, config: Any) -> Source:
-        tensors = {name: array_tensor(value.numpy()) for name, value in state.items()}
+        tensors: dict[str, Tensor] = {
+            name: array_tensor(value.numpy()) for name, value in state.items()
+        }
         return Source(Path(kind), kind, "memory", tensors, config, ())
 
     side_file = {f"projector.{k}": v.detach() for k, v in projector.state_dict().items()}
@@ -355,8 +357,8 @@ def _step_sides(*, compiled: bool, audio_mode: str) -> dict[str, Callable[[], An
             own[0], torch.compile(own[1]), torch.compile(own[2]), ids, mel
         )
         sides["torch f32 compiled"].whisper.encoder.compile()  # pyright: ignore[reportFunctionMemberAccess]
-    low = (module.to(torch.bfloat16) for module in copy.deepcopy(modules))
-    sides["torch bf16"] = UpstreamStep(*low, ids, mel)
+    low = [module.to(torch.bfloat16) for module in copy.deepcopy(modules)]
+    sides["torch bf16"] = UpstreamStep(low[0], low[1], low[2], ids, mel)
     short = audio_mode == "true_length"
     sides["llaso_jax f32"] = our_step(cfg, params, ids.numpy(), mel.numpy(), short=short)
     return sides
