@@ -1,4 +1,4 @@
-"""`llaso <command>`: the same programs as `python -m llaso_jax.<command>`."""
+"""`llaso <command>`: the same programs as `python -m llaso_jax.<command>` (an underscore for each dash)."""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "train a model through the stages of a recipe",
     "convert": "Hugging Face, CTranslate2 or GGUF weights in; Hugging Face weights out",
     "generate": "let a trained model answer about a recording",
+    "shard-table": "where every parameter of a recipe lies on a mesh",
 }
 
 
@@ -14,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the named command with the rest of the arguments; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(f"llaso_jax.{arguments[0]}").main(arguments[1:])
+        module = arguments[0].replace("-", "_")
+        return importlib.import_module(f"llaso_jax.{module}").main(arguments[1:])
     width = max(map(len, COMMANDS))
     lines = ["usage: llaso <command> [options]", "", "commands:"]
     lines += [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]

@@ -31,7 +31,7 @@ def main() -> None:
     import jax
 
     from llaso_jax.config import load_config
-    from llaso_jax.modeling.speech_lm import SpeechLMConfig
+    from llaso_jax.planning.recipe import planned_model, planned_stage
     from llaso_jax.planning.topology import tpu_devices
     from llaso_jax.sharding.hlo import count_flops, parse
     from llaso_jax.sharding.mesh import make_mesh
@@ -40,11 +40,8 @@ def main() -> None:
 
     devices = tpu_devices(args.topology)
     recipe = load_config(args.config, args.overrides)
-    stage = recipe.stages[args.stage]
-    # LLaSO's five added tokens, padded so that any tensor axis divides them.
-    model = recipe.model or SpeechLMConfig(
-        text=dataclasses.replace(SpeechLMConfig().text, vocab_size=128_261, vocab_multiple_of=128)
-    )
+    stage = planned_stage(recipe, args.stage)
+    model, _ = planned_model(recipe)
     if args.layers:
         model = dataclasses.replace(
             model,

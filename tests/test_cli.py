@@ -33,9 +33,13 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 # --- help -----------------------------------------------------------------------------------------
 
 
+def module_of(command: str) -> str:
+    return command.replace("-", "_")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_shows_usage_and_examples(command: str):
-    done = run(sys.executable, "-m", f"llaso_jax.{command}", "--help")
+    done = run(sys.executable, "-m", f"llaso_jax.{module_of(command)}", "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: llaso {command}")
     assert "examples:" in done.stdout
@@ -43,7 +47,7 @@ def test_help_of_a_command_shows_usage_and_examples(command: str):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "convert"])
+@pytest.mark.parametrize("command", ["train", "generate", "convert", "shard_table"])
 def test_help_and_mistyped_flags_answer_before_jax_is_loaded(command: str):
     program = (
         "import sys\n"
@@ -103,7 +107,7 @@ def test_every_program_of_the_package_is_a_command():
         for path in (ROOT / "llaso_jax").glob("*.py")
         if path.stem != "cli" and "def main(" in path.read_text(encoding="utf-8")
     }
-    assert programs == set(COMMANDS)
+    assert programs == set(map(module_of, COMMANDS))
 
 
 # --- mistakes in a training command ---------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""The parameters of a recipe on a mesh that need not be there."""
+
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from llaso_jax.config import RunConfig
+from llaso_jax.errors import ConfigError
+from llaso_jax.modeling.functional import abstract_params, param_shardings
+from llaso_jax.planning.recipe import planned_model, planned_stage
+from llaso_jax.sharding.mesh import parse_mesh
+from llaso_jax.sharding.report import shard_row, shard_table
+from llaso_jax.training.optimizer import learning_rate_scales
+
+PLATFORM = "tpu"  # what `auto` of a recipe's precision stands for; a gpu has the same
+
+
+def recipe_shards(recipe: RunConfig, mesh: str, *, stage: int = 0) -> str:
+    """Table of every parameter of `recipe` on `mesh`: shape, dtype, layout, bytes per device, copies.
+
+    Args:
+      recipe: its model, weights' architecture or LLaSO-Base (planning/recipe.py).
+      mesh: as `llaso train --mesh`; devices need not exist.
+      stage: whose trained parameters are f32 and have moments.
+
+    Raises:
+      ShardingError: a mesh that is not understood, or a parameter that does not split over it.
+      ConfigError: no such stage, or rules that do not fit the model.
+    """
+    sizes = parse_mesh(mesh)
+    abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    model, source = planned_model(recipe)
+    chosen = planned_stage(recipe, stage)
+    try:
+        infos = abstract_params(model)
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
+    scales = learning_rate_scales(infos, chosen.parameters)
+    _, frozen = recipe.precision.resolve(PLATFORM)
+    shardings = param_shardings(model, abstract)
+    rows, trained = [], 0
+    for path, info in infos.items():
+        dtype = frozen if scales[path] is None else "float32"
+        row = shard_row(path, info.shape, dtype, _itemsize(dtype), shardings[path])
+        rows.append(row)
+        trained += row.device_bytes if scales[path] is not None else 0
+    head = f"{recipe.name}, stage {chosen.name!r}, mesh {mesh} ({abstract.size} devices); sizes of {source}\n\n"
+    totals = {
+        "parameters": sum(row.device_bytes for row in rows),
+        "of them trained": trained,
+        "moments of AdamW": 2 * trained,
+    }
+    return head + shard_table(rows, totals)
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
