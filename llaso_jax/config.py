@@ -39,7 +39,7 @@ class PrecisionConfig:
       compute: dtype of activations and matrix products (norms, softmax, RoPE and loss are f32 always).
       frozen: storage dtype of frozen weights; trained weights are f32 masters always.
       remat: rematerialization policy of the layers.
-      attention: attention implementation.
+      attention: attention implementation (docs/kernels.md).
     """
 
     compute: Literal["auto", "float32", "bfloat16"] = "auto"

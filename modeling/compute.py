@@ -25,7 +25,8 @@ class ComputeConfig:
       remat: what the backward pass recomputes inside a layer. none: nothing; dots: everything but
         the outputs of matrix products; layer: the whole layer; offload: the whole layer, its inputs
         waiting in the host's memory.
-      attention: implementation of attention (modeling/kernels/attention).
+      attention: implementation of attention, in training and generation (docs/kernels.md). auto: the platform's
+        Pallas kernel on TPU and GPU, on CPU scores in chunks, or all at once where they are few.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llaso_jax.modeling.compute import ComputeConfig, scan_layers
-from llaso_jax.modeling.kernels.attention import attention
+from llaso_jax.modeling.kernels.attention import attention, decode_attention, write_cache
 from llaso_jax.modeling.layers import (
     Initializer,
     Linear,
@@ -83,7 +83,7 @@ class LlamaConfig:
 class KVCache(NamedTuple):
     """Keys and values of what was read so far.
 
-    k, v: [L, B, T, K, H]; length: i32[B] positions filled in each row.
+    k, v: [L, B, K, T, H], as decode_attention reads them; length: i32[B] positions filled in each row.
     """
 
     k: jax.Array
@@ -254,8 +254,8 @@ class LlamaModel(nnx.Module):
         """
         last, kept = self._scan(x, positions, segment_ids, keep="kv")
         assert kept is not None
-        room = ((0, 0), (0, 0), (0, max_length - x.shape[1]), (0, 0), (0, 0))
-        k, v = (jnp.pad(entry, room) for entry in kept)
+        room = ((0, 0), (0, 0), (0, 0), (0, max_length - x.shape[1]), (0, 0))
+        k, v = (jnp.pad(entry.swapaxes(2, 3), room) for entry in kept)
         return self.norm(last), KVCache(k, v, (segment_ids > 0).sum(-1, dtype=jnp.int32))
 
     def decode(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -268,12 +268,6 @@ class LlamaModel(nnx.Module):
           [B, 1, D] hidden states after the final norm, and the cache one position longer.
         """
         rope = self._rope(cache.length[:, None])
-        rows = jnp.arange(x.shape[0])
-        visible = jnp.arange(cache.k.shape[2])[None, :] <= cache.length[:, None]
-        segments = {
-            "q_segment_ids": jnp.ones((x.shape[0], 1), jnp.int32),
-            "kv_segment_ids": visible.astype(jnp.int32),
-        }
         graph, layers = nnx.split(self.layers)
 
         # The cache is carried, not scanned over: XLA then updates it in place.
@@ -282,17 +276,17 @@ class LlamaModel(nnx.Module):
             index, layer = scanned
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array):
-                new_k = all_k.at[index, rows, cache.length].set(k[:, 0])
-                new_v = all_v.at[index, rows, cache.length].set(v[:, 0])
-                out = attention(
-                    q,
-                    new_k[index],
-                    new_v[index],
-                    causal=False,
-                    **segments,
+                new_k = write_cache(all_k, k[:, 0], cache.length, index)
+                new_v = write_cache(all_v, v[:, 0], cache.length, index)
+                out = decode_attention(
+                    q[:, 0],
+                    new_k,
+                    new_v,
+                    cache.length + 1,
+                    index,
                     implementation=self.compute.attention,
                 )
-                return out, (new_k, new_v)
+                return out[:, None], (new_k, new_v)
 
             h, (new_k, new_v) = nnx.merge(graph, layer)(h, rope, attend)
             return (h, new_k, new_v), None

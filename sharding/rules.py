@@ -12,9 +12,10 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -172,6 +173,51 @@ def parts_of(logical_axis: str) -> int:
     (entry,) = to_spec((logical_axis,), rules.activation)
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names) if mesh is not None else 1
+
+
+def target_device() -> tuple[str, str]:
+    """Platform ("cpu", "gpu", "tpu") and kind of the devices that is traced for: the active mesh's, else JAX's default.
+
+    A mesh of a TPU that is not there, from jax.experimental.topologies, counts as that TPU.
+    """
+    active = _active.get()
+    device = jax.devices()[0] if active is None else active[0].devices.flat[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return platform, device.device_kind
+
+
+def per_device(
+    function: Callable[..., jax.Array],
+    inputs: Sequence[LogicalAxes],
+    output: LogicalAxes,
+) -> Callable[..., jax.Array]:
+    """`function` of arrays with the axes `inputs`, run on every device over its own part of them (jax.shard_map).
+
+    For what the partitioner cannot split, such as a Pallas kernel; `function` itself when no rules are active. An
+    argument may be None.
+
+    Raises (when called):
+      ShardingError: a dimension that does not split evenly over its mesh axes.
+    """
+    active = _active.get()
+    if active is None:
+        return function
+    mesh, rules = active
+
+    def split(*arrays: jax.Array | None) -> jax.Array:
+        specs = tuple(to_spec(axes, rules.activation) for axes in inputs)
+        for array, axes, spec in zip(arrays, inputs, specs, strict=True):
+            if array is not None:
+                check_divisible("an argument", jnp.shape(array), axes, spec, mesh)
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=to_spec(output, rules.activation),
+            check_vma=False,  # a Pallas call does not say over which axes its results vary
+        )(*arrays)
+
+    return split
 
 
 def gather(weight: jax.Array, logical_axes: LogicalAxes) -> jax.Array:

@@ -16,7 +16,7 @@ import llaso_jax.modeling.whisper
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.frames import audio_slots
 from llaso_jax.modeling.functional import abstract_params, bind, flatten, unflatten
-from llaso_jax.modeling.kernels.attention import attention
+from llaso_jax.modeling.kernels.attention import attention, decode_attention
 from llaso_jax.modeling.llama import LlamaConfig
 from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.projector import ProjectorConfig
@@ -234,14 +234,19 @@ def test_a_compute_field_changes_the_program(field: str):
 
 
 def test_the_named_attention_reaches_both_towers_and_the_decode_step(monkeypatch):
-    calls: list[str] = []
+    calls: list[tuple[str, str]] = []
 
-    def recording(*args, implementation, **kwargs):
-        calls.append(implementation)
-        return attention(*args, implementation=implementation, **kwargs)
+    def recording(site: str, compute):
+        def call(*args, implementation, **kwargs):
+            calls.append((site, implementation))
+            return compute(*args, implementation=implementation, **kwargs)
 
-    monkeypatch.setattr(llaso_jax.modeling.llama, "attention", recording)
-    monkeypatch.setattr(llaso_jax.modeling.whisper, "attention", recording)
+        return call
+
+    llama, whisper = llaso_jax.modeling.llama, llaso_jax.modeling.whisper
+    monkeypatch.setattr(llama, "attention", recording("decoder", attention))
+    monkeypatch.setattr(llama, "decode_attention", recording("step", decode_attention))
+    monkeypatch.setattr(whisper, "attention", recording("encoder", attention))
     params = random_params(unflatten(abstract_params(BASE)))
     for name in ("auto", "reference", "chunked"):
         calls.clear()
@@ -252,8 +257,7 @@ def test_the_named_attention_reaches_both_towers_and_the_decode_step(monkeypatch
             return model.decode(logits.argmax(-1), cache)
 
         jax.eval_shape(program, params)
-        assert len(calls) >= 3
-        assert set(calls) == {name}
+        assert set(calls) == {(site, name) for site in ("decoder", "step", "encoder")}
 
 
 def test_bf16_computation_keeps_f32_logits_and_stays_near_the_f32_result():

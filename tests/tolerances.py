@@ -12,6 +12,7 @@ import numpy as np
 
 LEAF = 1e-5  # one f32 module, or two computations of ours that should be the same
 COMPOSED = 1e-4  # f32 through a whole stack of modules, against another library
+BFLOAT16 = 1e-2  # a kernel whose weights and results are rounded to bf16 (2**-9 each), against f32
 
 logger = logging.getLogger(__name__)
 

@@ -254,7 +254,7 @@ def _programs(
 
 def _pin(cache: KVCache) -> KVCache:
     """Rows over data and fsdp, heads over tensor: the layout attention reads the cache in."""
-    axes = (None, "batch", "sequence", "kv_heads", "head_dim")
+    axes = (None, "batch", "kv_heads", "sequence", "head_dim")
     return KVCache(
         constrain(cache.k, *axes),
         constrain(cache.v, *axes),

@@ -1,16 +1,43 @@
-"""The one attention call of the project."""
+"""The one attention call of the project: checks, choice of an implementation, and its place on a mesh."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import jax
 
 from llaso_jax.modeling.kernels.attention.chunked import chunked_attention
+from llaso_jax.modeling.kernels.attention.cudnn import cudnn_attention
+from llaso_jax.modeling.kernels.attention.errors import UnsupportedAttentionError
+from llaso_jax.modeling.kernels.attention.pallas_gpu import gpu_attention
+from llaso_jax.modeling.kernels.attention.pallas_tpu import tpu_attention
 from llaso_jax.modeling.kernels.attention.reference import reference_attention
-from llaso_jax.sharding.rules import constrain
+from llaso_jax.modeling.kernels.attention.splash import splash_attention
+from llaso_jax.sharding.rules import (
+    LogicalAxes,
+    ShardingError,
+    constrain,
+    per_device,
+    target_device,
+)
 
-Implementation = Literal["auto", "reference", "chunked"]
-LARGE = 1 << 20
-"""Scores of one row and head (S*T) from which on `auto` no longer holds them all at once."""
+Implementation = Literal[
+    "auto", "reference", "chunked", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
+]
+LARGE = 1 << 14
+"""Scores of one row and head (S*T) from which on `auto` no longer lets XLA hold them all at once."""
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference_attention,
+    "chunked": chunked_attention,
+    "pallas_tpu": tpu_attention,
+    "pallas_gpu": gpu_attention,
+    "splash": splash_attention,
+    "cudnn": cudnn_attention,
+}
+QUERIES = ("batch", "sequence", "heads", "head_dim")
+KEYS = ("batch", "sequence", "kv_heads", "head_dim")
+IDS = ("batch", "sequence")
 
 
 def attention(
@@ -25,24 +52,90 @@ def attention(
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads.
 
-    A query attends to the keys of its own segment and, when `causal`, to those at its own index or before.
+    A query attends to the keys of its own segment and, when `causal`, to those at its own index or before. A query
+    without any such key gets zeros, and no gradient.
 
     Args:
       q: [B, S, N, H] queries.
       k: [B, T, K, H] keys, N a multiple of K.
       v: [B, T, K, H] values.
       causal: index-based causal masking (needs S == T).
-      q_segment_ids: i32[B, S]; None = one segment.
+      q_segment_ids: i32[B, S], not negative; None = one segment.
       kv_segment_ids: i32[B, T]; None = one segment. Given together with q_segment_ids.
-      implementation: `reference` holds all scores; `chunked` those of some queries, and computes them
-        again for gradients; `auto` is `chunked` where one row and head has LARGE scores or more.
+      implementation: one of `IMPLEMENTATIONS`, or `auto`: the first of `preferences` that can do the case.
 
     Returns:
       [B, S, N, H] in the dtype of q. Softmax runs in f32.
 
     Raises:
-      ValueError: shapes that do not fit, or only one of the segment ids.
+      ValueError: shapes that do not fit, an unknown implementation, or only one of the segment ids.
+      UnsupportedAttentionError: the named implementation cannot do this case.
     """
+    check_implementation(implementation)
+    _check(q, k, causal, q_segment_ids, kv_segment_ids)
+    names = (implementation,) if implementation != "auto" else preferences(q.shape[1] * k.shape[1])
+    q = constrain(q, *QUERIES)
+    k, v = constrain(k, *KEYS), constrain(v, *KEYS)
+
+    def attempt(name: str) -> jax.Array:
+        def compute(q, k, v, q_ids, kv_ids) -> jax.Array:
+            masks = {"causal": causal, "q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
+            return IMPLEMENTATIONS[name](q, k, v, **masks)
+
+        arrays = q, k, v, q_segment_ids, kv_segment_ids
+        return on_mesh(name, compute, (QUERIES, KEYS, KEYS, IDS, IDS), QUERIES)(*arrays)
+
+    out = first_possible([partial(attempt, name) for name in names])
+    return constrain(out, *QUERIES)
+
+
+def preferences(scores: int) -> tuple[str, ...]:
+    """What `auto` tries in turn, by the platform that is compiled for; `scores` are those of one row and head.
+
+    TPU: pallas_tpu, chunked. GPU: pallas_gpu, chunked. CPU: reference, or chunked from LARGE scores on. A mesh that
+    a kernel cannot be split over (rows or heads that do not divide) takes what follows it.
+    """
+    plain = "chunked" if scores >= LARGE else "reference"
+    kernels = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
+    return *kernels.get(target_device()[0], ()), plain
+
+
+def first_possible(attempts: Sequence[Callable[[], jax.Array]]) -> jax.Array:
+    """The result of the first attempt that can do the case; the last one's error is its own."""
+    *others, last = attempts
+    for attempt in others:
+        try:
+            return attempt()
+        except (UnsupportedAttentionError, ShardingError):
+            continue
+    return last()
+
+
+def on_mesh(
+    name: str,
+    compute: Callable[..., jax.Array],
+    inputs: Sequence[LogicalAxes],
+    output: LogicalAxes,
+) -> Callable[..., jax.Array]:
+    """`compute`, the named implementation, on each device's own rows and heads.
+
+    `reference` is left to XLA's partitioner, and so is `chunked` where rows or heads do not split evenly.
+    """
+    split = per_device(compute, inputs, output)
+    if name == "reference":
+        return compute
+    if name == "chunked":
+        return lambda *arrays: first_possible([partial(split, *arrays), partial(compute, *arrays)])
+    return split
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    causal: bool,
+    q_segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+) -> None:
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"{q.shape[2]} query heads do not split over {k.shape[2]} key/value heads evenly."
@@ -53,18 +146,10 @@ def attention(
         )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("give both q_segment_ids and kv_segment_ids, or neither.")
+
+
+def check_implementation(name: str) -> None:
+    """Raise ValueError for a name that no implementation has."""
     names = get_args(Implementation)
-    if implementation not in names:
-        raise ValueError(
-            f"attention implementation {implementation!r}: choose one of {', '.join(names)}."
-        )
-    q = constrain(q, "batch", "sequence", "heads", "head_dim")
-    k = constrain(k, "batch", "sequence", "kv_heads", "head_dim")
-    v = constrain(v, "batch", "sequence", "kv_heads", "head_dim")
-    if implementation == "auto":
-        implementation = "chunked" if q.shape[1] * k.shape[1] >= LARGE else "reference"
-    compute = chunked_attention if implementation == "chunked" else reference_attention
-    out = compute(
-        q, k, v, causal=causal, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids
-    )
-    return constrain(out, "batch", "sequence", "heads", "head_dim")
+    if name not in names:
+        raise ValueError(f"attention implementation {name!r}: choose one of {', '.join(names)}.")

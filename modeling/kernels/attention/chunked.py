@@ -1,27 +1,43 @@
 """Attention some queries at a time: plain XLA, on every platform, with memory that grows with S and not with S*T.
 
-The backward pass computes the scores again from q, k and the saved maximum and log-sum of each row, as in
-FlashAttention (arXiv 2205.14135, algorithm 4): dS = P * (dO V^T - rowsum(dO * O)). Keys of the future are masked,
-not skipped. Maximum and log-sum are kept apart: the scores of a row without any key are -1e30, where log(T) is lost.
+One key/value head after the other, so that a chunk of scores stays in a CPU's cache and every product is of two plain
+matrices. The backward pass computes the scores again from q, k and the saved logsumexp of each row, as in
+FlashAttention (arXiv 2205.14135, algorithm 4): dS = P * (dO V^T - rowsum(dO * O)).
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llaso_jax.modeling.kernels.attention.reference import MASKED
+from llaso_jax.modeling.kernels.attention.blocks import FLOOR
 from llaso_jax.modeling.kernels.chunks import cut, join
 
-CHUNK = 256
-"""Queries of a row and head whose scores are there at a time."""
+CHUNK = 128
+"""Queries of a head whose scores are there at a time."""
+STRIPS = 8
+"""Causal queries are cut into so many strips, each with the keys up to its end: 56 % of all scores are computed."""
 
 
-class Segments(NamedTuple):
-    """i32[B, S] and i32[B, T]: a query sees keys of its own segment."""
+class Head(NamedTuple):
+    """What one key/value head of one row works on.
 
-    q: jax.Array
-    kv: jax.Array
+    q: [S, G, H] its group's queries; k, v: [T, H]; q_ids, kv_ids: i32[S], i32[T] segments or None.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    q_ids: Any
+    kv_ids: Any
+
+
+class Options(NamedTuple):
+    """What is not an array."""
+
+    causal: bool
+    chunk: int
 
 
 def chunked_attention(
@@ -34,118 +50,164 @@ def chunked_attention(
     kv_segment_ids: jax.Array | None,
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """See `llaso_jax.modeling.kernels.attention.attention`. Memory: B*N*chunk*T f32 scores."""
-    b, s, n, h = q.shape
-    kv = k.shape[2]
-    segments = None
-    if q_segment_ids is not None and kv_segment_ids is not None:
-        segments = Segments(q_segment_ids, kv_segment_ids)
-    # Query head i uses key/value head i // (N/K): grouping queries avoids repeating K and V.
-    grouped = q.reshape(b, s, kv, n // kv, h)
-    out = _attention(grouped, k, v, segments, causal, min(chunk, s))
-    return out.reshape(b, s, n, h)
+    """See `llaso_jax.modeling.kernels.attention.attention`. Memory: chunk*N/K*T f32 scores, of one head at a time."""
+    options = Options(causal, min(chunk, q.shape[1]))
+    return _attention(q, k, v, q_segment_ids, kv_segment_ids, options)
 
 
-def _value(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Segments | None,
-    causal: bool,
-    chunk: int,
-) -> jax.Array:
-    return _forward(q, k, v, segments, causal, chunk)[0]
+def _value(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options) -> jax.Array:
+    return _forward(q, k, v, q_ids, kv_ids, options)[0]
 
 
-def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Segments | None,
-    causal: bool,
-    chunk: int,
-):
-    """[B, S, K, G, H] results, and what the backward pass needs: maximum and log-sum are f32[B, S, K, G]."""
-
-    def step(_, part: _Part):
-        scores, _ = _scores(part, k, segments, causal)
-        top = scores.max(-1)
-        weights = jnp.exp(scores - top[..., None])
-        total = weights.sum(-1)
-        weights = (weights / total[..., None]).astype(v.dtype)
-        out = jnp.einsum("BKGST,BTKH->BSKGH", weights, v, preferred_element_type=jnp.float32)
-        return None, (
-            out.astype(q.dtype),
-            jnp.moveaxis(top, -1, 1),
-            jnp.moveaxis(jnp.log(total), -1, 1),
-        )
-
-    _, results = jax.lax.scan(step, None, _parts(q, segments, chunk))
-    out, top, log_sum = (join(chunks, q.shape[1]) for chunks in results)
-    return out, (q, k, v, segments, out, top, log_sum)
+def _forward(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options):
+    heads = _heads(q, k, v, q_ids, kv_ids)
+    out, lse = jax.lax.map(functools.partial(_head_forward, options), heads)
+    return _queries_of(out, q.shape), (heads, out, lse)
 
 
-def _backward(causal: bool, chunk: int, saved, d_out: jax.Array):
-    q, k, v, segments, out, top, log_sum = saved
-    # f32[B, S, K, G]: what softmax's gradient subtracts from every score of a row.
-    mean = jnp.einsum("BSKGH,BSKGH->BSKG", out, d_out, preferred_element_type=jnp.float32)
-
-    def step(sums, parts):
-        part, (d_out, *of_rows) = parts
-        top, log_sum, mean = (jnp.moveaxis(array, 1, -1)[..., None] for array in of_rows)
-        d_k, d_v = sums
-        scores, mask = _scores(part, k, segments, causal)
-        weights = jnp.exp(scores - top - log_sum)
-        d_v += jnp.einsum(
-            "BKGST,BSKGH->BTKH", weights.astype(v.dtype), d_out, preferred_element_type=jnp.float32
-        )
-        d_weights = jnp.einsum("BSKGH,BTKH->BKGST", d_out, v, preferred_element_type=jnp.float32)
-        d_scores = weights * (d_weights - mean) * q.shape[-1] ** -0.5
-        if mask is not None:  # a row without any key has weights, but no scores to change
-            d_scores = jnp.where(mask, d_scores, 0)
-        d_scores = d_scores.astype(q.dtype)
-        d_k += jnp.einsum("BKGST,BSKGH->BTKH", d_scores, part.q, preferred_element_type=jnp.float32)
-        d_q = jnp.einsum("BKGST,BTKH->BSKGH", d_scores, k, preferred_element_type=jnp.float32)
-        return (d_k, d_v), d_q.astype(q.dtype)
-
-    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    others = tuple(cut(array, chunk) for array in (d_out, top, log_sum, mean))
-    (d_k, d_v), d_q = jax.lax.scan(step, zeros, (_parts(q, segments, chunk), others))
-    return join(d_q, q.shape[1]), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+def _backward(options: Options, saved, d_out: jax.Array):
+    heads, out, lse = saved
+    batch, length, count, width = d_out.shape
+    kv_heads = len(heads.k) // batch
+    d_heads = _split(d_out, kv_heads)
+    step = functools.partial(_head_backward, options)
+    d_q, d_k, d_v = jax.lax.map(step, (heads, out, lse, d_heads))
+    d_k, d_v = (_keys_of(x, batch) for x in (d_k, d_v))
+    return _queries_of(d_q, (batch, length, count, width)), d_k, d_v, None, None
 
 
-_attention = jax.custom_vjp(_value, nondiff_argnums=(4, 5))
+_attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
 _attention.defvjp(_forward, _backward)
 
 
+def _heads(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any) -> Head:
+    """All heads of all rows along one new first axis [B*K]. Query head i uses key/value head i // (N/K)."""
+    count = k.shape[2]
+
+    def ids(array: Any) -> Any:
+        return None if array is None else jnp.repeat(jnp.asarray(array), count, axis=0)
+
+    keys, values = (x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (k, v))
+    return Head(_split(q, count), keys, values, ids(q_ids), ids(kv_ids))
+
+
+def _split(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, S, N, H] -> [B*K, S, G, H]."""
+    batch, length, count, width = q.shape
+    grouped = q.reshape(batch, length, kv_heads, count // kv_heads, width)
+    return jnp.moveaxis(grouped, 2, 1).reshape(batch * kv_heads, length, -1, width)
+
+
+def _queries_of(heads: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_split`: [B*K, S, G, H] -> [B, S, N, H]."""
+    grouped = heads.reshape(shape[0], -1, *heads.shape[1:])
+    return jnp.moveaxis(grouped, 1, 2).reshape(shape)
+
+
+def _keys_of(heads: jax.Array, batch: int) -> jax.Array:
+    """[B*K, T, H] -> [B, T, K, H]."""
+    return heads.reshape(batch, -1, *heads.shape[1:]).swapaxes(1, 2)
+
+
+def _strips(length: int, keys: int, options: Options) -> list[tuple[slice, slice]]:
+    """Ranges of queries, whole chunks but for the last, and of the keys that they see."""
+    if not options.causal:
+        return [(slice(0, length), slice(0, keys))]
+    chunks = -(-length // options.chunk)
+    size = -(-chunks // STRIPS) * options.chunk
+    starts = range(0, length, size)
+    return [(slice(s, min(s + size, length)), slice(0, min(s + size, length))) for s in starts]
+
+
 class _Part(NamedTuple):
-    """Some queries [B, chunk, K, G, H], the indices i32[chunk] they have, and their segments."""
+    """Some queries [chunk, G, H], the indices i32[chunk] they have, and their segments."""
 
-    q: jax.Array
-    index: jax.Array
-    segment: jax.Array | None
-
-
-def _parts(q: jax.Array, segments: Segments | None, chunk: int) -> _Part:
-    """All queries, chunk by chunk along a new first axis."""
-    queries = cut(q, chunk)
-    index = jnp.arange(len(queries) * chunk).reshape(len(queries), chunk)
-    return _Part(queries, index, None if segments is None else cut(segments.q, chunk))
+    q: Any
+    index: Any
+    ids: Any
 
 
-def _scores(
-    part: _Part, k: jax.Array, segments: Segments | None, causal: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """f32[B, K, G, chunk, T] masked scores, and the mask, of a shape that broadcasts to theirs."""
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", part.q, k, preferred_element_type=jnp.float32)
-    scores = scores * k.shape[-1] ** -0.5
-    mask = None
+def _parts(head: Head, queries: slice, chunk: int) -> _Part:
+    """A strip's queries, chunk by chunk along a new first axis."""
+    index = jnp.arange(queries.start, queries.stop)
+    ids = None if head.q_ids is None else _cut(head.q_ids[queries], chunk)
+    return _Part(_cut(head.q[queries], chunk), _cut(index, chunk), ids)
+
+
+def _cut(array: jax.Array, chunk: int) -> jax.Array:
+    return cut(array[None], chunk)[:, 0]
+
+
+def _join(chunks: jax.Array, length: int) -> jax.Array:
+    return join(chunks[:, None], length)[0]
+
+
+def _scores(part: _Part, head: Head, keys: slice, causal: bool) -> jax.Array:
+    """f32[chunk, G, T] scores, -inf where a key is not seen."""
+    scores = jnp.einsum("SGH,TH->SGT", part.q, head.k[keys], preferred_element_type=jnp.float32)
+    scores = scores * head.k.shape[-1] ** -0.5
+    seen = None
     if causal:
-        mask = (part.index[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
-    if segments is not None and part.segment is not None:
-        same = part.segment[:, :, None] == segments.kv[:, None, :]
-        mask = same if mask is None else same & mask
-    if mask is None:
-        return scores, None
-    mask = mask[:, None, None]
-    return jnp.where(mask, scores, MASKED), mask
+        seen = part.index[:, None] >= jnp.arange(keys.stop)[None, :]
+    if part.ids is not None:
+        same = part.ids[:, None] == head.kv_ids[None, keys]
+        seen = same if seen is None else same & seen
+    return scores if seen is None else jnp.where(seen[:, None], scores, -jnp.inf)
+
+
+def _head_forward(options: Options, head: Head) -> tuple[jax.Array, jax.Array]:
+    """[S, G, H] results, and f32[S, G] logsumexp of the scores (FLOOR where there are none)."""
+    results = []
+    for queries, keys in _strips(len(head.q), len(head.k), options):
+
+        def step(_, part: _Part, keys: slice = keys):
+            scores = _scores(part, head, keys, options.causal)
+            top = jnp.maximum(scores.max(-1), FLOOR)
+            weights = jnp.exp(scores - top[..., None])
+            total = weights.sum(-1)
+            total = jnp.where(total == 0, 1, total)
+            values = head.v[keys]
+            out = jnp.einsum(
+                "SGT,TH->SGH",
+                weights.astype(values.dtype),
+                values,
+                preferred_element_type=jnp.float32,
+            )
+            return None, ((out / total[..., None]).astype(head.q.dtype), top + jnp.log(total))
+
+        _, chunks = jax.lax.scan(step, None, _parts(head, queries, options.chunk))
+        results.append([_join(x, queries.stop - queries.start) for x in chunks])
+    out, lse = (jnp.concatenate(x) for x in zip(*results, strict=True))
+    return out, lse
+
+
+def _head_backward(options: Options, saved: tuple[Head, jax.Array, jax.Array, jax.Array]):
+    """Gradients [S, G, H], [T, H] and [T, H] of a head's q, k and v."""
+    head, out, lse, d_out = saved
+    # f32[S, G]: what softmax's gradient subtracts from every score of a row.
+    mean = jnp.einsum("SGH,SGH->SG", out, d_out, preferred_element_type=jnp.float32)
+    sums = jnp.zeros(head.k.shape, jnp.float32), jnp.zeros(head.v.shape, jnp.float32)
+    d_q = []
+    for queries, keys in _strips(len(head.q), len(head.k), options):
+        rows = tuple(_cut(x[queries], options.chunk) for x in (d_out, lse, mean))
+
+        def step(sums, parts, keys: slice = keys):
+            part, (d_out, lse, mean) = parts
+            d_k, d_v = sums
+            scores = _scores(part, head, keys, options.causal)
+            weights = jnp.exp(scores - lse[..., None])
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            d_v += product("SGT,SGH->TH", weights.astype(head.v.dtype), d_out)
+            d_weights = product("SGH,TH->SGT", d_out, head.v[keys])
+            d_scores = weights * (d_weights - mean[..., None]) * head.k.shape[-1] ** -0.5
+            d_scores = d_scores.astype(head.q.dtype)
+            d_k += product("SGT,SGH->TH", d_scores, part.q)
+            d_q = product("SGT,TH->SGH", d_scores, head.k[keys]).astype(head.q.dtype)
+            return (d_k, d_v), d_q
+
+        seen = tuple(x[keys] for x in sums)
+        seen, chunks = jax.lax.scan(step, seen, (_parts(head, queries, options.chunk), rows))
+        sums = tuple(x.at[keys].set(y) for x, y in zip(sums, seen, strict=True))
+        d_q.append(_join(chunks, queries.stop - queries.start))
+    d_k, d_v = sums
+    return jnp.concatenate(d_q), d_k.astype(head.k.dtype), d_v.astype(head.v.dtype)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-# Finite, so that a fully masked row gives a uniform average instead of NaN.
+# Finite: softmax of a fully masked row is then no NaN, but weights that can be set to zero.
 MASKED = -1e30
 
 
@@ -30,6 +30,9 @@ def reference_attention(
         same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
         mask = same if mask is None else same & mask
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, MASKED)
+        mask = mask[:, None, None]
+        scores = jnp.where(mask, scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)  # a query without any key gets zeros
     return jnp.einsum("BKGST,BTKH->BSKGH", weights, v).reshape(b, s, n, h)
