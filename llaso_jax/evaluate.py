@@ -1,0 +1,169 @@
+"""`llaso evaluate`: score any model on LLaSO-Eval, compare models, check the paper's numbers."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from llaso_jax.errors import LlasoError
+
+EXAMPLES = """\
+examples:
+  score published predictions of one or several models, in both protocols
+    llaso evaluate score predictions/ --output report/
+    llaso evaluate score predictions/LLaSO-Base my-model/ --output report/ --protocol corrected
+  are two models different, task by task, on the same items
+    llaso evaluate compare predictions/LLaSO-Base predictions/Qwen2-Audio --output comparison/
+  which numbers of the paper do the published predictions give
+    llaso evaluate paper predictions/
+"""
+JUDGES = ("replay", "none")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 an error of this package, 2 wrong usage."""
+    args = _parser().parse_args(argv)
+    # Help and mistyped flags are answered before anything heavy is loaded.
+    from llaso_jax.evaluation.commands import COMMANDS
+
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        return COMMANDS[args.command](args, console)
+    except LlasoError as error:
+        console.print(f"error ({type(error).__name__}): {error}", style="red", markup=False)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="llaso evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_score(commands, raw)
+    _add_compare(commands, raw)
+    _add_paper(commands, raw)
+    return parser
+
+
+def _scoring_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks or files to score (default: all)",
+    )
+    options.add_argument(
+        "--task-list",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="YAML",
+        help="further tasks beside LLaSO-Eval's",
+    )
+    options.add_argument(
+        "--judge",
+        choices=JUDGES,
+        default="replay",
+        help="of free answers: the scores published in gpt_result, or none (%(default)s)",
+    )
+    options.add_argument(
+        "--bootstrap", type=_at_least(0), default=1000, metavar="N", help="draws (%(default)s)"
+    )
+    options.add_argument("--seed", type=_at_least(0), default=0, help="of the draws (%(default)s)")
+    return options
+
+
+def _at_least(lowest: int):
+    def integer(text: str) -> int:
+        if not text.isdigit() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {lowest}")
+        return int(text)
+
+    return integer
+
+
+def _add_score(commands, raw) -> None:
+    score = commands.add_parser(
+        "score",
+        parents=[_scoring_options()],
+        help="predictions in; report.html, scores.json and CSV out",
+        description="Score predictions in the layout LLaSO released: a folder per model with "
+        "<file>_test.json or .jsonl, and gpt_result and abstention beside them where there are.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    score.add_argument(
+        "predictions",
+        nargs="+",
+        type=Path,
+        metavar="PREDICTIONS_DIR",
+        help="folder of a model, or of several models' folders",
+    )
+    score.add_argument("-o", "--output", required=True, type=Path, help="folder of the report")
+    score.add_argument(
+        "--protocol",
+        choices=("upstream", "corrected", "both"),
+        default="both",
+        help="upstream: as LLaSO's own scripts, to compare with the paper (%(default)s)",
+    )
+    score.add_argument(
+        "--examples",
+        type=_at_least(0),
+        default=12,
+        metavar="N",
+        help="answers of each file in the report's error browser (%(default)s)",
+    )
+    score.add_argument(
+        "--trained-on",
+        type=Path,
+        metavar="YAML",
+        help="which tasks and languages each model was trained on, for the coverage plots",
+    )
+    score.add_argument(
+        "--audio-root", type=Path, metavar="DIR", help="where audio paths start, for players"
+    )
+
+
+def _add_compare(commands, raw) -> None:
+    compare = commands.add_parser(
+        "compare",
+        parents=[_scoring_options()],
+        help="two models on the same items: differences with intervals, wins and losses",
+        description="Paired bootstrap of two models' answers to the same items.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    compare.add_argument("a", type=Path, metavar="A", help="folder of a model's predictions")
+    compare.add_argument("b", type=Path, metavar="B", help="the same of another")
+    compare.add_argument("-o", "--output", type=Path, help="folder for comparison.json and .html")
+    compare.add_argument(
+        "--protocol", choices=("upstream", "corrected"), default="corrected", help="(%(default)s)"
+    )
+    compare.add_argument(
+        "--examples",
+        type=_at_least(0),
+        default=3,
+        metavar="N",
+        help="wins and losses of each file that are shown (%(default)s)",
+    )
+
+
+def _add_paper(commands, raw) -> None:
+    paper = commands.add_parser(
+        "paper",
+        help="the paper's numbers, recomputed",
+        description="Recompute what arXiv 2508.15418 quotes from published predictions: match, rounding or "
+        "mismatch, with the reason.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    paper.add_argument("predictions", type=Path, metavar="PREDICTIONS_DIR")
+    paper.add_argument("-o", "--output", type=Path, help="file for the same as JSON")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

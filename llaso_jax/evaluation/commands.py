@@ -1,0 +1,166 @@
+"""What the commands of `llaso evaluate` do, from parsed arguments to printed and written results."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from llaso_jax.evaluation.bootstrap import Bootstrap
+from llaso_jax.evaluation.comparison import compare as compare_models
+from llaso_jax.evaluation.errors import NoPredictionsError
+from llaso_jax.evaluation.judge.replay import ReplayJudge
+from llaso_jax.evaluation.paper import check_paper
+from llaso_jax.evaluation.predictions import ModelFolder, find_models
+from llaso_jax.evaluation.scores_file import SCORES_FILE, scores_tree, write_json
+from llaso_jax.evaluation.scoring import Judge, ModelScores, Settings, score_model
+from llaso_jax.evaluation.tables import (
+    comparison_table,
+    pair_lines,
+    paper_table,
+    summary_table,
+    write_tables,
+)
+from llaso_jax.evaluation.tasks import TaskFiles, load_tasks
+from llaso_jax.evaluation.unit_score import PROTOCOLS, Protocol
+
+_PROTOCOLS: dict[str, tuple[Protocol, ...]] = {
+    "upstream": ("paper",),
+    "corrected": ("corrected",),
+    "both": PROTOCOLS,
+}
+
+
+def score(args: argparse.Namespace, console: Console) -> int:
+    """`llaso evaluate score`."""
+    tasks = load_tasks(args.task_list, only=args.tasks)
+    models = find_models(args.predictions, list(tasks))
+    settings = Settings(
+        protocols=_PROTOCOLS[args.protocol],
+        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.seed),
+        examples=args.examples,
+    )
+    judge = make_judge(args)
+    scored = score_models(models, tasks, judge, settings, console)
+    write_report(args.output, scored, tasks, settings, judge)
+    for model in scored:
+        for note in model.notes:
+            console.print(f"{model.name}: {note}", style="yellow", markup=False)
+        if model.missing:
+            console.print(
+                f"{model.name}: {len(model.missing)} of {len(tasks)} files are missing: "
+                f"{', '.join(model.missing)}",
+                style="yellow",
+                markup=False,
+            )
+    Console(soft_wrap=True).print(summary_table(scored, tasks, settings))
+    console.print(f"written to {args.output}", markup=False)
+    return 0
+
+
+def make_judge(args: argparse.Namespace) -> Judge | None:
+    """The judge that the arguments ask for."""
+    return {"replay": ReplayJudge(), "none": None}[args.judge]
+
+
+def score_models(
+    models: Sequence[ModelFolder],
+    tasks: TaskFiles,
+    judge: Judge | None,
+    settings: Settings,
+    console: Console,
+) -> list[ModelScores]:
+    """Score models one after the other, with a progress bar."""
+    with _progress(console) as progress:
+        bar = progress.add_task("scoring", total=sum(len(model.files) for model in models))
+
+        def scored(model: ModelFolder) -> ModelScores:
+            def advance(file: str) -> None:
+                progress.update(bar, advance=1, description=f"{model.name}: {file}")
+
+            return score_model(model, tasks, judge, settings, advance=advance)
+
+        return [scored(model) for model in models]
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def write_report(
+    folder: Path,
+    scored: Sequence[ModelScores],
+    tasks: TaskFiles,
+    settings: Settings,
+    judge: Judge | None,
+) -> None:
+    """scores.json, files.csv, tasks.csv and report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described: dict[str, Any] = {"name": judge.name if judge else None}
+    write_json(folder / SCORES_FILE, scores_tree(scored, tasks, settings, described))
+    write_tables(folder, scored, tasks, settings)
+
+
+def compare(args: argparse.Namespace, console: Console) -> int:
+    """`llaso evaluate compare`."""
+    tasks = load_tasks(args.task_list, only=args.tasks)
+    pair = [*find_models([args.a], list(tasks)), *find_models([args.b], list(tasks))]
+    if len(pair) != 2:
+        raise NoPredictionsError(
+            f"compare takes two models, and {args.a} and {args.b} hold {len(pair)}: "
+            f"{', '.join(model.name for model in pair)}. Name one model's folder each."
+        )
+    settings = Settings(
+        protocols=_PROTOCOLS[args.protocol],
+        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.seed),
+        examples=args.examples,
+    )
+    with _progress(console) as progress:
+        bar = progress.add_task("comparing", total=len(pair[0].files))
+        result = compare_models(
+            pair[0],
+            pair[1],
+            tasks,
+            make_judge(args),
+            settings,
+            advance=lambda file: progress.update(bar, advance=1, description=file),
+        )
+    shown = Console(soft_wrap=True)
+    shown.print(comparison_table(result))
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(args.output / "comparison.json", dataclasses.asdict(result))
+        console.print(f"written to {args.output}", markup=False)
+    else:
+        for line in pair_lines(result):
+            shown.print(line, markup=False)
+    return 0
+
+
+def paper(args: argparse.Namespace, console: Console) -> int:
+    """`llaso evaluate paper`."""
+    tasks = load_tasks()
+    settings = Settings(protocols=("paper",), bootstrap=Bootstrap(samples=0), examples=0)
+    models = find_models([args.predictions], list(tasks))
+    checks = check_paper(score_models(models, tasks, ReplayJudge(), settings, console), tasks)
+    Console(soft_wrap=True).print(paper_table(checks))
+    if args.output:
+        write_json(args.output, [dataclasses.asdict(check) for check in checks])
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+    "score": score,
+    "compare": compare,
+    "paper": paper,
+}
