@@ -3,18 +3,19 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llaso_jax.evaluation.bootstrap import Bootstrap
 from llaso_jax.evaluation.comparison import compare as compare_models
+from llaso_jax.evaluation.coverage import load_training, seen_and_unseen
 from llaso_jax.evaluation.errors import NoPredictionsError
 from llaso_jax.evaluation.judge.replay import ReplayJudge
 from llaso_jax.evaluation.paper import check_paper
 from llaso_jax.evaluation.predictions import ModelFolder, find_models
+from llaso_jax.evaluation.report.comparison_page import write_comparison
+from llaso_jax.evaluation.report.page import write_page
 from llaso_jax.evaluation.scores_file import SCORES_FILE, scores_tree, write_json
 from llaso_jax.evaluation.scoring import Judge, ModelScores, Settings, score_model
 from llaso_jax.evaluation.tables import (
@@ -45,7 +46,22 @@ def score(args: argparse.Namespace, console: Console) -> int:
     )
     judge = make_judge(args)
     scored = score_models(models, tasks, judge, settings, console)
-    write_report(args.output, scored, tasks, settings, judge)
+    training = load_training(args.trained_on, tasks) if args.trained_on else {}
+    described = {"name": judge.name if judge else None}
+    coverage = seen_and_unseen(scored, tasks, training, settings.protocols[-1])
+    args.output.mkdir(parents=True, exist_ok=True)
+    tree = scores_tree(scored, tasks, settings, described) | {"coverage": coverage}
+    write_json(args.output / SCORES_FILE, tree)
+    write_tables(args.output, scored, tasks, settings)
+    write_page(
+        args.output,
+        scored,
+        tasks,
+        settings,
+        judge=described,
+        coverage=coverage,
+        audio_root=args.audio_root,
+    )
     for model in scored:
         for note in model.notes:
             console.print(f"{model.name}: {note}", style="yellow", markup=False)
@@ -56,7 +72,7 @@ def score(args: argparse.Namespace, console: Console) -> int:
                 style="yellow",
                 markup=False,
             )
-    Console(soft_wrap=True).print(summary_table(scored, tasks, settings))
+    Console(soft_wrap=True).print(summary_table(scored, settings))
     console.print(f"written to {args.output}", markup=False)
     return 0
 
@@ -97,20 +113,6 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def write_report(
-    folder: Path,
-    scored: Sequence[ModelScores],
-    tasks: TaskFiles,
-    settings: Settings,
-    judge: Judge | None,
-) -> None:
-    """scores.json, files.csv, tasks.csv and report.html."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described: dict[str, Any] = {"name": judge.name if judge else None}
-    write_json(folder / SCORES_FILE, scores_tree(scored, tasks, settings, described))
-    write_tables(folder, scored, tasks, settings)
-
-
 def compare(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate compare`."""
     tasks = load_tasks(args.task_list, only=args.tasks)
@@ -140,6 +142,7 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / "comparison.json", dataclasses.asdict(result))
+        write_comparison(args.output, result)
         console.print(f"written to {args.output}", markup=False)
     else:
         for line in pair_lines(result):

@@ -60,9 +60,10 @@ class ModelScores:
       entries: of each file, as scores.json holds them.
       units: by protocol, then file: the score on 0..1.
       aggregates: by protocol, as scores.json holds them; and the means of abstention.
+      abstentions: share of answers to each closed task, the mean over its files.
       abstention_check: files whose published share of abstentions was compared, and how many differ.
-      intervals: lower and upper bounds in the form of `entries` ("files", by dotted place), `units` and
-        `aggregates`.
+      intervals: lower and upper bounds in the form of `entries` ("files", by dotted place), `units`,
+        `aggregates` and `abstentions`.
       missing, strangers: files of the benchmark that are not there; files no task names.
       notes: what was repaired or does not belong, by file.
       confusions: (labels, matrix) by closed file.
@@ -75,6 +76,7 @@ class ModelScores:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     units: dict[str, dict[str, float]] = field(default_factory=dict)
     aggregates: dict[str, Any] = field(default_factory=dict)
+    abstentions: dict[str, float] = field(default_factory=dict)
     abstention_check: dict[str, int] = field(default_factory=lambda: {"n": 0, "mismatch": 0})
     intervals: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
@@ -113,6 +115,7 @@ def score_model(
     shipped = read_abstentions(folder.path)
     draws: dict[str, dict[str, np.ndarray]] = {protocol: {} for protocol in settings.protocols}
     file_intervals: dict[str, Any] = {}
+    abstained: dict[str, list[np.ndarray]] = {}
     scores.units = {protocol: {} for protocol in settings.protocols}
     for file, path in folder.files.items():
         spec, predictions = tasks[file], read_predictions(path)
@@ -127,6 +130,8 @@ def score_model(
         _note(scores, spec, predictions, judgements, score, settings)
         drawn = settings.bootstrap.draws(file, score.statistics)
         file_intervals[file] = {p: settings.bootstrap.interval(d) for p, d in drawn.items()}
+        if "abstention" in drawn:
+            abstained.setdefault(spec.task, []).append(drawn["abstention"])
         values = score.values()
         for protocol in settings.protocols:
             if (unit := unit_score(spec, protocol, values)) is not None:
@@ -138,6 +143,10 @@ def score_model(
     scores.intervals = {"files": file_intervals}
     if settings.bootstrap.samples:
         scores.intervals |= _intervals(tasks, draws, settings.bootstrap)
+        scores.intervals["abstentions"] = {
+            task: settings.bootstrap.interval(np.mean(rates, axis=0))
+            for task, rates in abstained.items()
+        }
     return scores
 
 
@@ -175,6 +184,11 @@ def _aggregate(
     for protocol in settings.protocols:
         scores.aggregates[protocol] = aggregate(tasks, scores.units[protocol])
     rates = {f: e["abstention"] for f, e in scores.entries.items() if e["abstention"] is not None}
+
+    by_task: dict[str, list[float]] = {}
+    for file, rate in rates.items():
+        by_task.setdefault(tasks[file].task, []).append(rate)
+    scores.abstentions = {task: float(np.mean(of)) for task, of in by_task.items()}
 
     def mean(files: Sequence[str]) -> float | None:
         return float(np.mean([rates[f] for f in files])) if files else None

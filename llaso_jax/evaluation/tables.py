@@ -84,22 +84,19 @@ def levels(
         yield level, name, scores[name], bounds.get(name)
 
 
-def summary_table(scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settings) -> Table:
-    """Tasks and overall of every model, on 0..1; the file's own metrics are in the report."""
-    table = Table(title="scores on 0 (worst) to 1 (best)")
-    table.add_column("task")
+def summary_table(scored: Sequence[ModelScores], settings: Settings) -> Table:
+    """Overall scores of every model, on 0..1, narrow enough for a terminal."""
+    overall = ("macro_task", "macro_cat3", "macro_cat4")
+    table = Table(title="mean scores, 0 (worst) to 1 (best); the report has all")
+    table.add_column("model", overflow="fold")
+    table.add_column("protocol")
+    for title in (*(OVERALL[key] for key in overall), "abstention"):
+        table.add_column(title, justify="right")
     for model in scored:
         for protocol in settings.protocols:
-            title = f"{model.name}\n{PROTOCOL_NAMES[protocol]}"
-            table.add_column(title, justify="right", overflow="fold")
-    columns = [m.aggregates[p] for m in scored for p in settings.protocols]
-    names = list(dict.fromkeys(spec.task for spec in tasks.values()))
-    for task in names:
-        table.add_row(task, *(_shown(c["tasks"].get(task)) for c in columns))
-    table.add_section()
-    for key, title in OVERALL.items():
-        table.add_row(title, *(_shown(column[key]) for column in columns))
-    table.add_row("abstention", *(_rate(m) for m in scored for _ in settings.protocols))
+            means = model.aggregates[protocol]
+            numbers = [_shown(means[key]) for key in overall]
+            table.add_row(model.name, PROTOCOL_NAMES[protocol], *numbers, _rate(model))
     return table
 
 
