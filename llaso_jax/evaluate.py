@@ -13,12 +13,16 @@ examples:
   score published predictions of one or several models, in both protocols
     llaso evaluate score predictions/ --output report/
     llaso evaluate score predictions/LLaSO-Base my-model/ --output report/ --protocol corrected
+  judge free answers with a language model, or without any (agreement is stated)
+    llaso evaluate score my-model/ --output report/ --judge openai --base-url http://localhost:8000/v1 \\
+        --model Qwen3-8B
+    llaso evaluate score my-model/ --output report/ --judge local
   are two models different, task by task, on the same items
     llaso evaluate compare predictions/LLaSO-Base predictions/Qwen2-Audio --output comparison/
   which numbers of the paper do the published predictions give
     llaso evaluate paper predictions/
 """
-JUDGES = ("replay", "none")
+JUDGES = ("replay", "openai", "local", "none")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +72,35 @@ def _scoring_options() -> argparse.ArgumentParser:
         "--judge",
         choices=JUDGES,
         default="replay",
-        help="of free answers: the scores published in gpt_result, or none (%(default)s)",
+        help="of free answers. replay: scores published in gpt_result. openai: any OpenAI-compatible "
+        "endpoint. local: an offline surrogate, its agreement stated. none (%(default)s)",
+    )
+    options.add_argument("--base-url", metavar="URL", help="of --judge openai (default: OpenAI's)")
+    options.add_argument(
+        "--model", metavar="NAME", help="of --judge openai; published: gpt-4o-mini"
+    )
+    options.add_argument(
+        "--judge-cache",
+        type=Path,
+        metavar="DIR",
+        help="what the judge said, so that a re-run is free and offline (default: the user's cache)",
+    )
+    options.add_argument(
+        "--judge-rate",
+        type=float,
+        default=120,
+        metavar="N",
+        help="requests a minute, 0 for no limit (%(default)s, as published)",
+    )
+    options.add_argument(
+        "--judge-workers",
+        type=_at_least(1),
+        default=4,
+        metavar="N",
+        help="requests at a time (%(default)s)",
+    )
+    options.add_argument(
+        "--judge-timeout", type=float, default=60, metavar="S", help="of a request (%(default)s)"
     )
     options.add_argument(
         "--bootstrap", type=_at_least(0), default=1000, metavar="N", help="draws (%(default)s)"

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -10,12 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llaso_jax.evaluation.bootstrap import Bootstrap
 from llaso_jax.evaluation.comparison import compare as compare_models
 from llaso_jax.evaluation.coverage import load_training, seen_and_unseen
-from llaso_jax.evaluation.errors import NoPredictionsError
+from llaso_jax.evaluation.errors import JudgeError, NoPredictionsError
+from llaso_jax.evaluation.judge.local import LocalJudge, agreement_line
+from llaso_jax.evaluation.judge.openai_judge import OpenAIJudge, default_cache
 from llaso_jax.evaluation.judge.replay import ReplayJudge
 from llaso_jax.evaluation.paper import check_paper
 from llaso_jax.evaluation.predictions import ModelFolder, find_models
 from llaso_jax.evaluation.report.comparison_page import write_comparison
-from llaso_jax.evaluation.report.page import write_page
+from llaso_jax.evaluation.report.page import judge_line, write_page
 from llaso_jax.evaluation.scores_file import SCORES_FILE, scores_tree, write_json
 from llaso_jax.evaluation.scoring import Judge, ModelScores, Settings, score_model
 from llaso_jax.evaluation.tables import (
@@ -47,7 +50,7 @@ def score(args: argparse.Namespace, console: Console) -> int:
     judge = make_judge(args)
     scored = score_models(models, tasks, judge, settings, console)
     training = load_training(args.trained_on, tasks) if args.trained_on else {}
-    described = {"name": judge.name if judge else None}
+    described = describe_judge(judge)
     coverage = seen_and_unseen(scored, tasks, training, settings.protocols[-1])
     args.output.mkdir(parents=True, exist_ok=True)
     tree = scores_tree(scored, tasks, settings, described) | {"coverage": coverage}
@@ -73,13 +76,38 @@ def score(args: argparse.Namespace, console: Console) -> int:
                 markup=False,
             )
     Console(soft_wrap=True).print(summary_table(scored, settings))
+    if "agreement" in described:
+        console.print(f"judged by the {judge_line(described)}", markup=False)
     console.print(f"written to {args.output}", markup=False)
     return 0
 
 
 def make_judge(args: argparse.Namespace) -> Judge | None:
-    """The judge that the arguments ask for."""
-    return {"replay": ReplayJudge(), "none": None}[args.judge]
+    """The judge that the arguments ask for.
+
+    Raises:
+      JudgeError: no model named for an endpoint.
+    """
+    if args.judge == "openai":
+        if not args.model:
+            raise JudgeError("--judge openai needs --model, such as --model gpt-4o-mini.")
+        return OpenAIJudge(
+            args.model,
+            args.base_url,
+            args.judge_cache or default_cache(),
+            per_minute=args.judge_rate,
+            workers=args.judge_workers,
+            timeout=args.judge_timeout,
+        )
+    return {"replay": ReplayJudge(), "local": LocalJudge(), "none": None}[args.judge]
+
+
+def describe_judge(judge: Judge | None) -> dict[str, Any]:
+    """Who judged; of the local judge also how well it agrees with the published one."""
+    described: dict[str, Any] = {"name": judge.name if judge else None}
+    if isinstance(judge, LocalJudge):
+        described |= {"agreement": agreement_line(judge.agreement), "held_out": judge.agreement}
+    return described
 
 
 def score_models(

@@ -28,7 +28,10 @@ ABSTENTION_ROUNDING = 1e-6
 class Judge(Protocol):
     """Who gives free answers their score of 1 to 5."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As a report shows it."""
+        ...
 
     def __call__(
         self, folder: ModelFolder, spec: TaskFile, predictions: Predictions

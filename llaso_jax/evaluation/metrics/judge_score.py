@@ -29,5 +29,6 @@ def mean_missing_lowest(scores: Sequence[float | None]) -> Statistic:
 
 
 def histogram(scores: Sequence[float | None]) -> dict[str, int]:
-    """How often each score of 1 to 5 was given."""
-    return {str(s): sum(score == s for score in scores) for s in range(LOWEST, HIGHEST + 1)}
+    """How often each score of 1 to 5 was given, to the nearest."""
+    rounded = [None if score is None else round(score) for score in scores]
+    return {str(s): rounded.count(s) for s in range(LOWEST, HIGHEST + 1)}

@@ -33,6 +33,7 @@ def write_page(
     text = page.substitute(
         style=(HERE / "style.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
+        judge=escape(judge_line(judge)),
         facts=_facts(scored, settings, judge),
         overall=sections.overall_table(scored, settings),
         radar=sections.task_radar(scored, tasks, protocol),
@@ -49,14 +50,19 @@ def write_page(
     (folder / REPORT_FILE).write_text(text, encoding="utf-8")
 
 
+def judge_line(judge: Mapping[str, Any]) -> str:
+    """Who judged, with the agreement of a judge that stands in for another."""
+    name = judge.get("name") or "none"
+    return f"{name}; agreement {judge['agreement']}" if judge.get("agreement") else name
+
+
 def _facts(scored: Sequence[ModelScores], settings: Settings, judge: Mapping[str, Any]) -> str:
     bootstrap = settings.bootstrap
     heard = [(m.name, m.audio_seconds) for m in scored if m.audio_seconds is not None]
     normalizers = sorted({name for m in scored for name in m.normalizers.values()})
     facts = {
         "models": ", ".join(m.name for m in scored),
-        "judge of free answers": judge.get("name") or "none",
-        "judge's agreement": judge.get("agreement", ""),
+        "judge of free answers": judge_line(judge),
         "intervals": f"{bootstrap.confidence:.0%}, {bootstrap.samples} bootstrap draws, seed {bootstrap.seed}"
         if bootstrap.samples
         else "none",
