@@ -17,6 +17,8 @@ examples:
     llaso evaluate score my-model/ --output report/ --judge openai --base-url http://localhost:8000/v1 \\
         --model Qwen3-8B
     llaso evaluate score my-model/ --output report/ --judge local
+  let a checkpoint answer LLaSO-Eval on 8 devices, then score it; again to go on after a stop
+    llaso evaluate run --checkpoint models/llaso-base --data LLaSO-Eval/ --output evaluation/ --mesh 8x1
   are two models different, task by task, on the same items
     llaso evaluate compare predictions/LLaSO-Base predictions/Qwen2-Audio --output comparison/
   which numbers of the paper do the published predictions give
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_score(commands, raw)
+    _add_run(commands, raw)
     _add_compare(commands, raw)
     _add_paper(commands, raw)
     return parser
@@ -105,7 +108,13 @@ def _scoring_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--bootstrap", type=_at_least(0), default=1000, metavar="N", help="draws (%(default)s)"
     )
-    options.add_argument("--seed", type=_at_least(0), default=0, help="of the draws (%(default)s)")
+    options.add_argument(
+        "--bootstrap-seed",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="of the draws (%(default)s)",
+    )
     return options
 
 
@@ -121,7 +130,7 @@ def _at_least(lowest: int):
 def _add_score(commands, raw) -> None:
     score = commands.add_parser(
         "score",
-        parents=[_scoring_options()],
+        parents=[_scoring_options(), _report_options()],
         help="predictions in; report.html, scores.json and CSV out",
         description="Score predictions in the layout LLaSO released: a folder per model with "
         "<file>_test.json or .jsonl, and gpt_result and abstention beside them where there are.",
@@ -136,27 +145,103 @@ def _add_score(commands, raw) -> None:
         help="folder of a model, or of several models' folders",
     )
     score.add_argument("-o", "--output", required=True, type=Path, help="folder of the report")
-    score.add_argument(
+
+
+def _report_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
         "--protocol",
         choices=("upstream", "corrected", "both"),
         default="both",
         help="upstream: as LLaSO's own scripts, to compare with the paper (%(default)s)",
     )
-    score.add_argument(
+    options.add_argument(
         "--examples",
         type=_at_least(0),
         default=12,
         metavar="N",
         help="answers of each file in the report's error browser (%(default)s)",
     )
-    score.add_argument(
+    options.add_argument(
         "--trained-on",
         type=Path,
         metavar="YAML",
         help="which tasks and languages each model was trained on, for the coverage plots",
     )
-    score.add_argument(
-        "--audio-root", type=Path, metavar="DIR", help="where audio paths start, for players"
+    options.add_argument(
+        "--audio-root",
+        type=Path,
+        metavar="DIR",
+        help="where audio paths start, for players (of run: default the folder of --data)",
+    )
+    return options
+
+
+def _add_run(commands, raw) -> None:
+    run = commands.add_parser(
+        "run",
+        parents=[_scoring_options(), _report_options()],
+        help="let a checkpoint answer the benchmark, then score it",
+        description="Answer a benchmark in batches and score the answers. The same command goes on after a "
+        "run that was stopped; answers that are there are not made again.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    run.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="model folder, output of a training run, or LLaSO checkpoint in Hugging Face layout",
+    )
+    run.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="LLASO_EVAL_DIR",
+        help="folder with <file>_test.json, or one JSON file whose records name their task",
+    )
+    run.add_argument("-o", "--output", required=True, type=Path, help="of predictions and report")
+    run.add_argument("--name", help="of the model in the report (default: the checkpoint's folder)")
+    run.add_argument(
+        "--limit", type=_at_least(1), metavar="N", help="questions of each file, the first ones"
+    )
+    run.add_argument("--mesh", help="devices: FSDPxTENSOR such as 8x1 (default: one device)")
+    run.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=8,
+        metavar="N",
+        help="questions at a time (%(default)s)",
+    )
+    run.add_argument(
+        "--max-new-tokens",
+        type=_at_least(1),
+        metavar="N",
+        help="longest answer (default: 256 for ASR and 1024 for others, as published)",
+    )
+    run.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)"
+    )
+    run.add_argument("--seed", type=_at_least(0), default=0, help="of sampling (%(default)s)")
+    run.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: float32 on CPU, bfloat16 on accelerators",
+    )
+    run.add_argument(
+        "--max-audio-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="longest audio (%(default)s)",
+    )
+    run.add_argument(
+        "--audio-policy",
+        choices=("error", "truncate"),
+        default="error",
+        help="longer audio: stop, or use the beginning and say so (%(default)s)",
     )
 
 

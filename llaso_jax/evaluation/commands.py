@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from llaso_jax.evaluation.answering.questions import tasks_of
 from llaso_jax.evaluation.bootstrap import Bootstrap
 from llaso_jax.evaluation.comparison import compare as compare_models
 from llaso_jax.evaluation.coverage import load_training, seen_and_unseen
@@ -41,10 +43,28 @@ _PROTOCOLS: dict[str, tuple[Protocol, ...]] = {
 def score(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate score`."""
     tasks = load_tasks(args.task_list, only=args.tasks)
-    models = find_models(args.predictions, list(tasks))
+    return _score(args, args.predictions, tasks, args.output, console)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """`llaso evaluate run`."""
+    from llaso_jax.evaluation.answering.commands import answer_benchmark  # loads JAX
+
+    folder, files = answer_benchmark(args, console)
+    return _score(args, [folder], tasks_of(files), args.output / "report", console)
+
+
+def _score(
+    args: argparse.Namespace,
+    folders: Sequence[Path],
+    tasks: TaskFiles,
+    output: Path,
+    console: Console,
+) -> int:
+    models = find_models(folders, list(tasks))
     settings = Settings(
         protocols=_PROTOCOLS[args.protocol],
-        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.seed),
+        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
         examples=args.examples,
     )
     judge = make_judge(args)
@@ -52,12 +72,12 @@ def score(args: argparse.Namespace, console: Console) -> int:
     training = load_training(args.trained_on, tasks) if args.trained_on else {}
     described = describe_judge(judge)
     coverage = seen_and_unseen(scored, tasks, training, settings.protocols[-1])
-    args.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     tree = scores_tree(scored, tasks, settings, described) | {"coverage": coverage}
-    write_json(args.output / SCORES_FILE, tree)
-    write_tables(args.output, scored, tasks, settings)
+    write_json(output / SCORES_FILE, tree)
+    write_tables(output, scored, tasks, settings)
     write_page(
-        args.output,
+        output,
         scored,
         tasks,
         settings,
@@ -78,7 +98,7 @@ def score(args: argparse.Namespace, console: Console) -> int:
     Console(soft_wrap=True).print(summary_table(scored, settings))
     if "agreement" in described:
         console.print(f"judged by the {judge_line(described)}", markup=False)
-    console.print(f"written to {args.output}", markup=False)
+    console.print(f"written to {output}", markup=False)
     return 0
 
 
@@ -152,7 +172,7 @@ def compare(args: argparse.Namespace, console: Console) -> int:
         )
     settings = Settings(
         protocols=_PROTOCOLS[args.protocol],
-        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.seed),
+        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
         examples=args.examples,
     )
     with _progress(console) as progress:
@@ -192,6 +212,7 @@ def paper(args: argparse.Namespace, console: Console) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
     "score": score,
+    "run": run,
     "compare": compare,
     "paper": paper,
 }
