@@ -19,6 +19,9 @@ examples:
     llaso evaluate score my-model/ --output report/ --judge local
   let a checkpoint answer LLaSO-Eval on 8 devices, then score it; again to go on after a stop
     llaso evaluate run --checkpoint models/llaso-base --data LLaSO-Eval/ --output evaluation/ --mesh 8x1
+  how much of its scores is left in noise, faster, or asked in other words
+    llaso evaluate run --checkpoint models/llaso-base --data LLaSO-Eval/ --output evaluation/ --mesh 8x1 \\
+        --perturb noise:snr=0,10,20 speed:0.8,1.2 codec:mp3-16k gain:-20 reword:3
   are two models different, task by task, on the same items
     llaso evaluate compare predictions/LLaSO-Base predictions/Qwen2-Audio --output comparison/
   which numbers of the paper do the published predictions give
@@ -206,6 +209,22 @@ def _add_run(commands, raw) -> None:
     run.add_argument(
         "--limit", type=_at_least(1), metavar="N", help="questions of each file, the first ones"
     )
+    run.add_argument(
+        "--perturb",
+        nargs="+",
+        default=[],
+        metavar="KIND:LEVELS",
+        help="ask the same items again with noise:snr=-10,0,10 speed:0.8,1.2 codec:mp3-16k gain:-20, or in "
+        "other words (reword:3)",
+    )
+    run.add_argument(
+        "--noise-files",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="recordings, or folders of them, that noise is taken from (default: white noise)",
+    )
     run.add_argument("--mesh", help="devices: FSDPxTENSOR such as 8x1 (default: one device)")
     run.add_argument(
         "--batch-size",
@@ -223,7 +242,12 @@ def _add_run(commands, raw) -> None:
     run.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)"
     )
-    run.add_argument("--seed", type=_at_least(0), default=0, help="of sampling (%(default)s)")
+    run.add_argument(
+        "--seed",
+        type=_at_least(0),
+        default=0,
+        help="of sampling, noise and rewording (%(default)s)",
+    )
     run.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),

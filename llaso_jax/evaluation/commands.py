@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llaso_jax.evaluation.answering.questions import tasks_of
 from llaso_jax.evaluation.bootstrap import Bootstrap
+from llaso_jax.evaluation.comparison import Comparison
 from llaso_jax.evaluation.comparison import compare as compare_models
 from llaso_jax.evaluation.coverage import load_training, seen_and_unseen
 from llaso_jax.evaluation.errors import JudgeError, NoPredictionsError
@@ -21,6 +22,7 @@ from llaso_jax.evaluation.paper import check_paper
 from llaso_jax.evaluation.predictions import ModelFolder, find_models
 from llaso_jax.evaluation.report.comparison_page import write_comparison
 from llaso_jax.evaluation.report.page import judge_line, write_page
+from llaso_jax.evaluation.robustness import robustness_tree
 from llaso_jax.evaluation.scores_file import SCORES_FILE, scores_tree, write_json
 from llaso_jax.evaluation.scoring import Judge, ModelScores, Settings, score_model
 from llaso_jax.evaluation.tables import (
@@ -43,15 +45,36 @@ _PROTOCOLS: dict[str, tuple[Protocol, ...]] = {
 def score(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate score`."""
     tasks = load_tasks(args.task_list, only=args.tasks)
-    return _score(args, args.predictions, tasks, args.output, console)
+    return _score(args, args.predictions, tasks, args.output, console, {})
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate run`."""
     from llaso_jax.evaluation.answering.commands import answer_benchmark  # loads JAX
 
-    folder, files = answer_benchmark(args, console)
-    return _score(args, [folder], tasks_of(files), args.output / "report", console)
+    folder, perturbed, files = answer_benchmark(args, console)
+    tasks = tasks_of(files)
+    compared = {
+        name: _compare_perturbed(args, folder, variant, tasks)
+        for name, variant in perturbed.items()
+    }
+    output = args.output / "report"
+    return _score(args, [folder], tasks, output, console, robustness_tree(compared))
+
+
+def _compare_perturbed(
+    args: argparse.Namespace, clean: Path, perturbed: Path, tasks: TaskFiles
+) -> Comparison:
+    """Clean and perturbed answers to the files that were asked perturbed."""
+    (variant,) = find_models([perturbed], list(tasks))
+    asked = {file: spec for file, spec in tasks.items() if file in variant.files}
+    (base,) = find_models([clean], list(asked))
+    settings = Settings(
+        protocols=_PROTOCOLS[args.protocol][-1:],
+        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
+        examples=0,
+    )
+    return compare_models(base, variant, asked, make_judge(args), settings)
 
 
 def _score(
@@ -60,6 +83,7 @@ def _score(
     tasks: TaskFiles,
     output: Path,
     console: Console,
+    robustness: dict[str, Any],
 ) -> int:
     models = find_models(folders, list(tasks))
     settings = Settings(
@@ -73,7 +97,10 @@ def _score(
     described = describe_judge(judge)
     coverage = seen_and_unseen(scored, tasks, training, settings.protocols[-1])
     output.mkdir(parents=True, exist_ok=True)
-    tree = scores_tree(scored, tasks, settings, described) | {"coverage": coverage}
+    tree = scores_tree(scored, tasks, settings, described) | {
+        "coverage": coverage,
+        "robustness": robustness,
+    }
     write_json(output / SCORES_FILE, tree)
     write_tables(output, scored, tasks, settings)
     write_page(
@@ -83,6 +110,7 @@ def _score(
         settings,
         judge=described,
         coverage=coverage,
+        robustness=robustness,
         audio_root=args.audio_root,
     )
     for model in scored:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -42,7 +41,10 @@ class Answering:
     seed: int = 0
 
 
-Change = Callable[[QuestionFile, int, Sequence[Turn], Sequence[LoadedAudio]], tuple[Any, Any]]
+Change = Callable[
+    [QuestionFile, int, Sequence[Turn], Sequence[LoadedAudio]],
+    tuple[Sequence[Turn], Sequence[LoadedAudio]],
+]
 """What is done to turns and audios of a question before it is asked."""
 
 
@@ -73,12 +75,12 @@ def answer_file(
     answers = journal.answered()
     advance(len(answers))
     todo = [number for number in range(len(file)) if number not in answers]
-    asked: list[Sample] = []
+    asked: list[tuple[Sample, str]] = []
 
     def samples() -> Iterator[Sample]:
         for number in todo:
             asked.append(_sample(file, number, processor, change))
-            yield asked[-1]
+            yield asked[-1][0]
 
     longest = settings.max_new_tokens or MAX_NEW_TOKENS.get(file.spec.task, MAX_NEW_TOKENS_OTHERS)
     generation = model.generation_config(
@@ -95,7 +97,7 @@ def answer_file(
         mesh=mesh,
     )
     for number, ids in zip(todo, generated, strict=True):
-        sample = asked.pop(0)
+        sample, text = asked.pop(0)
         answers[number] = {
             "answer": processor.decode(ids).strip(),
             "audio_seconds": round(sample.audio_seconds, 3),
@@ -103,6 +105,8 @@ def answer_file(
             "new_tokens": len(ids),
             "ended": bool(ids) and ids[-1] in generation.eos_token_id,
         }
+        if change is not None:
+            answers[number]["asked"] = text
         journal.add(number, answers[number])
         advance(1)
     journal.finish([{**file[number].fields, **answers[number]} for number in range(len(file))])
@@ -111,11 +115,12 @@ def answer_file(
 
 def _sample(
     file: QuestionFile, number: int, processor: LLaSOProcessor, change: Change | None
-) -> Sample:
+) -> tuple[Sample, str]:
+    """The prompt of one question, and the instruction in it."""
     record = file[number]
-    turns = _question(record)
+    turns: Sequence[Turn] = _question(record)
     try:
-        audios = [
+        audios: Sequence[LoadedAudio] = [
             load_audio(
                 voice, max_seconds=processor.max_audio_seconds, policy=processor.audio_policy
             )
@@ -123,7 +128,7 @@ def _sample(
         ]
         if change is not None:
             turns, audios = change(file, number, turns, audios)
-        return prompt_sample(
+        sample = prompt_sample(
             turns,
             audios,
             processor.tokenizer,
@@ -133,6 +138,7 @@ def _sample(
         )
     except DataError as error:
         raise error.located(sample_id=record.sample_id, position=record.position)  # noqa: B904
+    return sample, turns[0].text
 
 
 def _question(record: Record) -> tuple[Turn, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llaso_jax.evaluation.report import sections
 from llaso_jax.evaluation.report.browser import browser_data
+from llaso_jax.evaluation.report.robustness_section import robustness_section
 from llaso_jax.evaluation.scoring import ModelScores, Settings
 from llaso_jax.evaluation.tasks import TaskFiles
 
@@ -24,6 +25,7 @@ def write_page(
     *,
     judge: Mapping[str, Any],
     coverage: Mapping[str, Mapping[str, Any]],
+    robustness: Mapping[str, Mapping[str, Any]],
     audio_root: Path | None,
 ) -> None:
     """Write the report of all models into `folder`."""
@@ -42,6 +44,7 @@ def write_page(
         modality=sections.modality_plot(scored, protocol),
         abstention=sections.abstention_plot(scored, tasks),
         coverage=sections.coverage_section(scored, tasks, coverage),
+        robustness=robustness_section(robustness),
         confusion=sections.confusion_section(scored, tasks),
         notes=sections.notes_section(scored, tasks),
         # "</" would end the script element that holds the data.

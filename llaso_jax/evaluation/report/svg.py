@@ -146,6 +146,52 @@ def scatter(points: Sequence[tuple[str, str, float, float]], across: str, up: st
     return _svg(width, height, parts, f"{up} by {across}")
 
 
+def curve(
+    title: str,
+    points: Sequence[tuple[float, float, float | None, float | None]],
+    level: float,
+    across: str,
+) -> str:
+    """A line through (x, y, low, high), y in 0..1, over evenly spaced x; `level` is a line across."""
+    width, height, left, bottom, top = 260, 190, 34, 40, 26
+    step = (width - left - 16) / max(len(points), 1)
+
+    def up(value: float) -> float:
+        return top + (1 - min(max(value, 0.0), 1.0)) * (height - bottom - top)
+
+    parts = [f'<text class="axis" x="{width / 2}" y="15">{escape(title)}</text>']
+    for share in (0.0, 0.5, 1.0):
+        y = up(share)
+        parts.append(
+            f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{width - 10}" y2="{y:.1f}"/>'
+        )
+        parts.append(f'<text class="row" x="{left - 6}" y="{y + 4:.1f}">{share:g}</text>')
+    parts.append(
+        f'<line class="clean" x1="{left}" x2="{width - 10}" y1="{up(level):.1f}" y2="{up(level):.1f}"/>'
+    )
+    corners = []
+    for number, (x, y, low, high) in enumerate(points):
+        px = left + step * (number + 0.5)
+        corners.append(f"{px:.1f},{up(y):.1f}")
+        parts.append(f'<text class="axis" x="{px:.1f}" y="{height - bottom + 16}">{x:g}</text>')
+        told = f"{title}, {across} {x:g}: {y:.3f}"
+        if low is not None and high is not None:
+            told += f" ({low:.3f} to {high:.3f})"
+            parts.append(
+                f'<line class="bounds" style="stroke:var(--m0)" x1="{px:.1f}" x2="{px:.1f}" '
+                f'y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
+            )
+        parts.append(
+            f'<circle cx="{px:.1f}" cy="{up(y):.1f}" r="4" style="fill:var(--m0)">'
+            f"<title>{escape(told)}</title></circle>"
+        )
+    parts.insert(0, f'<polyline class="line" points="{" ".join(corners)}"/>')
+    parts.append(
+        f'<text class="axis" x="{(left + width) / 2}" y="{height - 6}">{escape(across)}</text>'
+    )
+    return _svg(width, height, parts, f"{title} by {across}")
+
+
 def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
     inner = "".join(parts)
     return (
