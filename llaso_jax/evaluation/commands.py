@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate run`."""
     from llaso_jax.evaluation.answering.commands import answer_benchmark  # loads JAX
 
+    args.audio_root = args.audio_root or (args.data if args.data.is_dir() else args.data.parent)
     folder, perturbed, files = answer_benchmark(args, console)
     tasks = tasks_of(files)
     compared = {
@@ -124,8 +125,7 @@ def _score(
                 markup=False,
             )
     Console(soft_wrap=True).print(summary_table(scored, settings))
-    if "agreement" in described:
-        console.print(f"judged by the {judge_line(described)}", markup=False)
+    console.print(f"judge of free answers: {judge_line(described)}", markup=False)
     console.print(f"written to {output}", markup=False)
     return 0
 
@@ -203,22 +203,26 @@ def compare(args: argparse.Namespace, console: Console) -> int:
         bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
         examples=args.examples,
     )
+    judge = make_judge(args)
+    described = describe_judge(judge)
     with _progress(console) as progress:
         bar = progress.add_task("comparing", total=len(pair[0].files))
         result = compare_models(
             pair[0],
             pair[1],
             tasks,
-            make_judge(args),
+            judge,
             settings,
             advance=lambda file: progress.update(bar, advance=1, description=file),
         )
     shown = Console(soft_wrap=True)
     shown.print(comparison_table(result))
+    console.print(f"judge of free answers: {judge_line(described)}", markup=False)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        write_json(args.output / "comparison.json", dataclasses.asdict(result))
-        write_comparison(args.output, result)
+        tree = dataclasses.asdict(result) | {"judge": described}
+        write_json(args.output / "comparison.json", tree)
+        write_comparison(args.output, result, judge=judge_line(described))
         console.print(f"written to {args.output}", markup=False)
     else:
         for line in pair_lines(result):

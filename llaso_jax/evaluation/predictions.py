@@ -83,7 +83,6 @@ class Judgements:
       explanations: what the judge wrote.
       broken_lines: objects that were spread over several lines or could not be read.
       notes: what was repaired, is missing or does not belong.
-      source: who judged.
     """
 
     scores: tuple[float | None, ...]
@@ -91,7 +90,6 @@ class Judgements:
     explanations: tuple[str, ...]
     broken_lines: int = 0
     notes: tuple[str, ...] = ()
-    source: str = "published"
 
 
 @dataclass(frozen=True)

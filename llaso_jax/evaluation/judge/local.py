@@ -41,7 +41,7 @@ class LocalJudge:
         said = predict(weights.get(spec.task, weights[DEFAULT_TASK]), np.asarray(pairs, np.float64))
         scores = tuple(float(score) for score in said)
         told = tuple(f"Score: {score:.2f} by the local surrogate" for score in scores)
-        return Judgements(scores, scores, told, source=self.name)
+        return Judgements(scores, scores, told)
 
 
 def agreement_line(agreement: dict[str, dict[str, Any]]) -> str:

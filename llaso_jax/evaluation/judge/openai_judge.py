@@ -70,7 +70,7 @@ class OpenAIJudge:
         scores = tuple(_valid_score(text) for text in told)
         unreadable = [number for number, score in enumerate(scores) if score is None]
         notes = [f"{spec.file}: the judge states no score for item {n}" for n in unreadable]
-        return Judgements(scores, scores, tuple(told), notes=tuple(notes), source=self.name)
+        return Judgements(scores, scores, tuple(told), notes=tuple(notes))
 
     def _evaluate(self, item: Item) -> str:
         """What the judge says of one answer."""

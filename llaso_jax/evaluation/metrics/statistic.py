@@ -32,10 +32,6 @@ class Statistic:
         """The score of all items; NaN where it is not defined."""
         return float(self.combine(self.items.sum(0)))
 
-    def resampled(self, weights: np.ndarray) -> np.ndarray:
-        """f64[b] scores of b samples that hold item i weights[b, i] times."""
-        return self.combine(weights @ self.items)
-
 
 def ratio(top: ArrayLike, bottom: ArrayLike) -> Statistic:
     """Sum of `top` over sum of `bottom`: an error rate."""

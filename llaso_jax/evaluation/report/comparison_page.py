@@ -12,14 +12,15 @@ HERE = Path(__file__).parent
 COMPARISON_FILE = "comparison.html"
 
 
-def write_comparison(folder: Path, result: Comparison) -> None:
-    """Write the page of a comparison into `folder`."""
+def write_comparison(folder: Path, result: Comparison, *, judge: str) -> None:
+    """Write the page of a comparison into `folder`; judge: who judged free answers, and how well."""
     page = Template((HERE / "comparison.html").read_text(encoding="utf-8"))
     text = page.substitute(
         style=(HERE / "style.css").read_text(encoding="utf-8"),
         a=escape(result.a),
         b=escape(result.b),
         protocol=PROTOCOL_NAMES[result.protocol],
+        judge=escape(judge),
         overall=_table(result, [*result.overall, *result.tasks]),
         files=_files(result),
         items="".join(_items(result, file) for file in result.files),
