@@ -205,6 +205,14 @@ def _add_run(commands, raw) -> None:
         help="folder with <file>_test.json, or one JSON file whose records name their task",
     )
     run.add_argument("-o", "--output", required=True, type=Path, help="of predictions and report")
+    run.add_argument(
+        "--beside",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PREDICTIONS_DIR",
+        help="other models' predictions to show beside it, such as the published ones",
+    )
     run.add_argument("--name", help="of the model in the report (default: the checkpoint's folder)")
     run.add_argument(
         "--limit", type=_at_least(1), metavar="N", help="questions of each file, the first ones"

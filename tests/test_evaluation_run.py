@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from evaluation_folders import write_model
 from test_generate_cli import checkpoint  # noqa: F401 - a fixture
 
 from llaso_jax.evaluate import main
@@ -116,9 +117,12 @@ def test_questions_come_from_llaso_evals_folder_too(checkpoint, tmp_path):  # no
     (tmp_path / "data" / "ASR_test.json").write_text(json.dumps(asr), encoding="utf-8")
     where = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "data")]
     arguments = ["run", *where, "-o", str(tmp_path / "out"), "--audio-root", str(MINI)]
-    assert main([*arguments, "--max-new-tokens", "3", "--mesh", "2x1", "--bootstrap", "0"]) == 0
+    other = write_model(tmp_path / "other", {"ASR": [("a b", "a b")]})
+    arguments += ["--beside", str(other), "--mesh", "2x1"]
+    assert main([*arguments, "--max-new-tokens", "3", "--bootstrap", "0"]) == 0
     report = json.loads((tmp_path / "out" / "report" / "scores.json").read_text(encoding="utf-8"))
     assert report["models"]["model"]["files"]["ASR"]["n"] == 2
+    assert report["models"]["other"]["files"]["ASR"]["corrected"]["wer"] == 0
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["ASR_test.json"]
 
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         for name, variant in perturbed.items()
     }
     output = args.output / "report"
-    return _score(args, [folder], tasks, output, console, robustness_tree(compared))
+    return _score(args, [folder, *args.beside], tasks, output, console, robustness_tree(compared))
 
 
 def _compare_perturbed(

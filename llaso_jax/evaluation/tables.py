@@ -18,13 +18,13 @@ PROTOCOL_NAMES: dict[Protocol, str] = {"paper": "upstream", "corrected": "correc
 OVERALL = {
     "linguistic": "linguistic",
     "semantic": "semantic",
-    "speaker": "speaker-centric",
-    "content": "content-centric",
+    "speaker": "speaker",
+    "content": "content",
     "paralinguistic": "paralinguistic",
     "macro_task": "20 tasks",
     "macro_cat3": "3 categories",
     "macro_cat4": "4 categories",
-    "macro_15_common_tasks": "15 common tasks",
+    "macro_15_common_tasks": "15 tasks",
 }
 
 
