@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "train a model through the stages of a recipe",
     "convert": "Hugging Face, CTranslate2 or GGUF weights in; Hugging Face weights out",
     "generate": "let a trained model answer about a recording",
+    "evaluate": "score predictions on LLaSO-Eval, compare models, check the paper",
     "shard-table": "where every parameter of a recipe lies on a mesh",
 }
 

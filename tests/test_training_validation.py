@@ -28,7 +28,7 @@ from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import SampleLoader
 from llaso_jax.data.tokenizer import eos_token_ids
 from llaso_jax.errors import DataError
-from llaso_jax.evaluation.metrics import english_normalizer
+from llaso_jax.evaluation.metrics.text import whisper_english
 from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import abstract_params, bind, unflatten
@@ -118,7 +118,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_samples_taken_one_by_one(folder
 
 
 def test_scores_of_real_answers_are_those_of_jiwer_and_of_counting(report):
-    normalize = english_normalizer()
+    normalize = whisper_english
 
     def pairs(metric: str):
         return [

@@ -1,1 +1,1 @@
-"""Scores of generated text against references."""
+"""LLaSO-Eval: predictions in, scores of both protocols with their uncertainty out."""

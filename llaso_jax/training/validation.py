@@ -11,7 +11,8 @@ from llaso_jax.data.config import DataConfig
 from llaso_jax.data.packing import BatchShape, first_fit
 from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import Sample, SampleLoader
-from llaso_jax.evaluation.metrics import accuracy, word_error_rate
+from llaso_jax.evaluation.metrics.error_rate import word_error_rate
+from llaso_jax.evaluation.metrics.exact_match import accuracy
 from llaso_jax.inference.batched import generate_samples
 from llaso_jax.inference.prompts import layout_of
 from llaso_jax.inference.sampling import GenerationConfig
