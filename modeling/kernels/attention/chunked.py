@@ -15,9 +15,11 @@ from llaso_jax.modeling.kernels.attention.blocks import FLOOR
 from llaso_jax.modeling.kernels.chunks import cut, join
 
 CHUNK = 128
-"""Queries of a head whose scores are there at a time."""
+"""Most queries of a head whose scores are there at a time."""
+LANES = 8
+"""Chunks of more queries are a multiple of it: the f32 entries of an AVX register."""
 STRIPS = 8
-"""Causal queries are cut into so many strips, each with the keys up to its end: 56 % of all scores are computed."""
+"""Causal queries are cut into at most so many strips, each with the keys up to its end: 56 % of all scores."""
 
 
 class Head(NamedTuple):
@@ -51,8 +53,14 @@ def chunked_attention(
     chunk: int = CHUNK,
 ) -> jax.Array:
     """See `llaso_jax.modeling.kernels.attention.attention`. Memory: chunk*N/K*T f32 scores, of one head at a time."""
-    options = Options(causal, min(chunk, q.shape[1]))
+    options = Options(causal, _even_chunk(q.shape[1], chunk))
     return _attention(q, k, v, q_segment_ids, kv_segment_ids, options)
+
+
+def _even_chunk(length: int, most: int) -> int:
+    """Queries of each chunk, at most `most`, so that the last chunk is about as full as the others."""
+    even = -(-length // -(-length // most))
+    return min(most, -(-even // LANES) * LANES, length)
 
 
 def _value(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options) -> jax.Array:
