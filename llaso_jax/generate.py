@@ -35,11 +35,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # Imported late: --help and a mistyped flag answer at once.
     from llaso_jax.errors import LlasoError
+    from llaso_jax.modeling.kernels.attention.errors import UnsupportedAttentionError
     from llaso_jax.sharding.rules import ShardingError
 
     try:
         _generate(args)
-    except (LlasoError, ShardingError) as error:
+    except (LlasoError, ShardingError, UnsupportedAttentionError) as error:
         sys.stderr.write(f"llaso generate: error: {error}\n")
         return EXIT_ERROR
     return 0

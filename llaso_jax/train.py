@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     # Imported late: --help and a mistyped flag answer at once.
     from llaso_jax.config import load_config
     from llaso_jax.errors import InterruptedRunError, LlasoError
+    from llaso_jax.modeling.kernels.attention.errors import UnsupportedAttentionError
     from llaso_jax.sharding.rules import ShardingError
     from llaso_jax.training.run import train
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             "[yellow]stopped[/]: run the same command again to continue from the last save."
         )
         return EXIT_INTERRUPTED
-    except (LlasoError, ShardingError) as error:
+    except (LlasoError, ShardingError, UnsupportedAttentionError) as error:
         sys.stderr.write(f"llaso train: error: {error}\n")
         return EXIT_ERROR
 

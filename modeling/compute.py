@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llaso_jax.modeling.dropout import layer_keys, use_dropout
 from llaso_jax.modeling.kernels.attention.api import Implementation
+from llaso_jax.modeling.kernels.attention.residuals import RESIDUALS
 
 RematPolicy = Literal["none", "dots", "layer", "offload"]
 _LAYER_INPUT = "layer_input"
@@ -23,7 +24,7 @@ class ComputeConfig:
       dtype: dtype of activations and matrix products. float32 on CPU (XLA:CPU bf16 is 2.5-12.7x
         slower), bfloat16 on accelerators; norms, softmax, RoPE and loss are f32 always.
       remat: what the backward pass recomputes inside a layer. none: nothing; dots: everything but
-        the outputs of matrix products; layer: the whole layer; offload: the whole layer, its inputs
+        the outputs of matrix products and of attention; layer: the whole layer; offload: the whole layer, its inputs
         waiting in the host's memory.
       attention: implementation of attention, in training and generation (docs/kernels.md). auto: the platform's
         Pallas kernel on TPU and GPU, on CPU scores in chunks, or all at once where they are few.
@@ -73,7 +74,10 @@ def _rematerialize(body: Callable, policy: RematPolicy) -> Callable:
         return body
     policies = jax.checkpoint_policies
     saved = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        # The kernels' and loops' own products are inside attention, whose results are all that is kept of it.
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUALS)
+        ),
         "layer": policies.nothing_saveable,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.lora import linear_layers
 from llaso_jax.modeling.speech_lm import SpeechLM, SpeechLMConfig
 from llaso_jax.sharding.rules import FSDP_TENSOR, LogicalAxes, ShardingRules, named_sharding
 
@@ -57,6 +58,13 @@ def abstract_params(cfg: SpeechLMConfig) -> dict[str, ParamInfo]:
         )
         for path, variable in nnx.to_flat_state(state)
     }
+
+
+@functools.lru_cache(maxsize=16)
+def linear_paths(cfg: SpeechLMConfig) -> frozenset[str]:
+    """Paths of the model's linear layers, which adapters can change."""
+    graph, state = _abstract(cfg, ComputeConfig())
+    return frozenset(linear_layers(nnx.merge(graph, state)))
 
 
 def param_shardings(

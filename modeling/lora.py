@@ -15,6 +15,10 @@ from llaso_jax.modeling.layers import Linear, LowRank, symmetric_uniform
 from llaso_jax.sharding.rules import LogicalAxes
 
 
+class LoraError(ValueError):
+    """Rules that do not fit the model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraRule:
     """Linear layers that get an adapter. Raises ValueError for values that make none.
@@ -43,6 +47,8 @@ class LoraRule:
             ) from error
         if self.rank < 1:
             raise ValueError(f"lora rank={self.rank} must be at least 1.")
+        if self.alpha <= 0:
+            raise ValueError(f"lora alpha={self.alpha} must be positive: with 0 nothing is learnt.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora dropout={self.dropout} must be at least 0 and below 1.")
 
@@ -57,26 +63,31 @@ def rule_for(path: str, rules: tuple[LoraRule, ...]) -> LoraRule | None:
     return next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
 
 
-def add_lora(model: nnx.Module, rules: tuple[LoraRule, ...], rngs: nnx.Rngs) -> None:
-    """Give every linear layer of `model` that a rule matches its adapter; the first rule that matches decides.
-
-    Raises:
-      ValueError: a rule that decides for no linear layer.
-    """
-    linears = {
+def linear_layers(model: nnx.Module) -> dict[str, Linear]:
+    """Every linear layer of `model` by its path; the layers of a stack are one."""
+    return {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, Linear)
     }
-    unused = set(rules)
+
+
+def add_lora(model: nnx.Module, rules: tuple[LoraRule, ...], rngs: nnx.Rngs) -> None:
+    """Give every linear layer of `model` that a rule matches its adapter; the first rule that matches decides.
+
+    Raises:
+      LoraError: a rule that decides for no linear layer.
+    """
+    linears = linear_layers(model)
+    used = set()
     for path, linear in sorted(linears.items()):
         rule = rule_for(path, rules)
         if rule is not None:
-            unused.discard(rule)
+            used.add(id(rule))
             _add(linear, path, rule, rngs)
     for rule in rules:
-        if rule in unused:
-            raise ValueError(
+        if id(rule) not in used:
+            raise LoraError(
                 f"lora pattern {rule.pattern!r} decides for no linear layer (or an earlier rule does). "
                 f"The linear layers are: {', '.join(sorted(linears))}."
             )

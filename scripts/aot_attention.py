@@ -18,14 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-DUMP = (
-    tempfile.TemporaryDirectory()
-)  # where the GPU compiler says what shared memory a kernel takes
+# Where the GPU compiler says what shared memory a kernel takes.
+DUMP = tempfile.TemporaryDirectory()
 os.environ["JAX_PLATFORMS"] = "cpu"  # the plugins only compile
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # these three: no search for a TPU
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # H100 SXM: NVIDIA's data sheet and the CUDA programming guide's table for compute capability 9.0.
@@ -102,20 +97,19 @@ def one_device(target: str) -> Any:
     """A mesh of one device of a target."""
     from jax.experimental import topologies
 
+    from llaso_jax.planning.topology import tpu_devices
     from llaso_jax.sharding.mesh import make_mesh
 
+    if target != "h100":
+        return make_mesh("1x1", devices=tpu_devices(TOPOLOGIES[target])[:1])
     try:
-        if target == "h100":
-            topology = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=H100, topology="1x1x1"
-            )
-        else:
-            topology = topologies.get_topology_desc(
-                platform="tpu", topology_name=TOPOLOGIES[target]
-            )
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=H100, topology="1x1x1"
+        )
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        needed = "jax-cuda12-plugin jax-cuda12-pjrt" if target == "h100" else "'llaso-jax[tpu]'"
-        raise SystemExit(f"no compiler for {target} ({error}): pip install {needed}") from error
+        raise SystemExit(
+            f"no compiler for {target} ({error}): pip install jax-cuda12-plugin jax-cuda12-pjrt"
+        ) from error
     return make_mesh("1x1", devices=list(topology.devices[:1]))
 
 

@@ -54,7 +54,8 @@ def main() -> None:
     print(
         f"{recipe.name}, stage {stage.name}: {data.rows // stage.accumulation} rows of "
         f"{data.sequence_length} positions and {data.chunks_per_row} chunks at a time, "
-        f"{data.answers_per_row} answers; {args.topology}, mesh {args.mesh}, bf16"
+        f"{data.answers_per_row} answers; {args.topology}, mesh {args.mesh}, "
+        f"{recipe.precision.resolve('tpu')[0].dtype}"
     )
     print(
         "| remat | peak per device, GiB | arguments, GiB | TFLOP | over formula | compiled in, s |"
@@ -62,11 +63,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     expected = stage_flops(model, stage)
     for remat in args.remat:
-        precision = dataclasses.replace(recipe.precision, remat=remat, compute="bfloat16")
-        compute, _ = precision.resolve("tpu")
+        compute, frozen = dataclasses.replace(recipe.precision, remat=remat).resolve("tpu")
         start = time.perf_counter()
         try:
-            compiled = abstract_step(model, stage, layout, compute).compile()
+            compiled = abstract_step(model, stage, layout, compute, frozen_dtype=frozen).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = next((line for line in str(error).splitlines() if "RESOURCE" in line), error)
             print(f"| {remat} | does not fit: {str(reason)[:160]} | | | | |", flush=True)

@@ -20,6 +20,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+_LIBRARY = re.compile(r'custom_call_target="(__(?:cublas|cudnn|onednn)[^"]*)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIM_LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
 
@@ -96,9 +97,9 @@ class Program:
             return int(noted[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
         operations = self.computations[condition[1]] if condition else {}
-        *_, last = operations.values()
-        if last.opcode == "compare" and "direction=LT" in last.rest:
-            for name in last.operands:
+        last = list(operations.values())[-1:]
+        if last and last[0].opcode == "compare" and "direction=LT" in last[0].rest:
+            for name in last[0].operands:
                 if operations[name].opcode == "constant":
                     return int(operations[name].arguments)
         raise HloError(f"how often does {loop.name} run? Its condition is not index < constant.")
@@ -140,6 +141,9 @@ def count_flops(program: Program) -> float:
     """FLOPs of all matrix products, convolutions and kernels (a multiply-add counts 2), loops unrolled.
 
     Kernels (custom calls) count what their cost estimate says.
+
+    Raises:
+      HloError: a product that is a call of a library, as in programs compiled on a GPU, or a loop without an end.
     """
     total = 0.0
     for name, times in program.runs.items():
@@ -151,11 +155,19 @@ def count_flops(program: Program) -> float:
                 total += times * _dot_flops(operation, computation)
             elif operation.opcode == "convolution":
                 total += times * _convolution_flops(operation, computation)
-            elif operation.opcode == "custom-call" and (
-                found := _KERNEL_FLOPS.search(operation.rest)
-            ):
-                total += times * float(found[1])
+            elif operation.opcode == "custom-call":
+                total += times * _custom_flops(operation)
     return total
+
+
+def _custom_flops(operation: Operation) -> float:
+    if estimate := _KERNEL_FLOPS.search(operation.rest):
+        return float(estimate[1])
+    if library := _LIBRARY.search(operation.rest):
+        raise HloError(
+            f"{operation.name} calls {library[1]}, whose products are not in the text of the program."
+        )
+    return 0.0
 
 
 def _operation(name: str, text: str) -> Operation:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from reference import random_params
 from safetensors.numpy import load_file, save_file
 from test_conversion_support import TorchSpeechLM, assert_bit_equal, llama_config, read_state
 from transformers import LlamaForCausalLM, WhisperModel
@@ -17,7 +18,9 @@ from llaso_jax.conversion import (
     export_llaso,
     export_whisper,
     gather_weights,
+    load_params,
     open_model,
+    save_model,
     stream_model,
 )
 from llaso_jax.conversion.errors import (
@@ -29,6 +32,8 @@ from llaso_jax.conversion.errors import (
 )
 from llaso_jax.conversion.tables import WHISPER
 from llaso_jax.convert import main
+from llaso_jax.modeling.functional import abstract_params, flatten, unflatten
+from llaso_jax.modeling.lora import LoraRule
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -250,6 +255,39 @@ def test_the_command_line_keeps_adapters_and_writes_them(root, tmp_path, capsys)
     assert f"to-hf {model} --adapter" in shown
 
 
+def test_adapters_of_all_parts_stay_apart_and_none_is_left_out(root, tmp_path, capsys):
+    """What is beside a kept adapter is the base, the projector file too; a part that would lose its own is refused."""
+    weights = gather_weights(root / "model")
+    rules = (LoraRule("projector/.*", rank=2), LoraRule(".*/layers/self_attn/q_proj", rank=2))
+    cfg = dataclasses.replace(weights.cfg, lora=rules)
+    params = load_params(weights)
+    added = random_params(unflatten(abstract_params(cfg)))
+    nested = unflatten({**flatten(added), **flatten(params)})
+    save_model(tmp_path / "model", cfg, nested)
+    model, adapter = str(tmp_path / "model"), ["--adapter", str(tmp_path / "lora")]
+    out = ["--output", str(tmp_path / "out"), "--projector", str(tmp_path / "projector.bin")]
+    assert main(["to-hf", model, *adapter, *out]) == 0
+    before = torch.load(root / "mm_audio_aligner.bin")
+    assert_bit_equal(torch.load(tmp_path / "projector.bin"), before)
+    assert_bit_equal(read_state(tmp_path / "out"), read_state(root / "model"))
+    again = gather_weights(tmp_path / "out", tmp_path / "lora", keep_adapter=True)
+    for path, leaf in flatten(load_params(again)).items():
+        np.testing.assert_array_equal(leaf, flatten(nested)[path], err_msg=path)
+
+    capsys.readouterr()
+    parts = ["--llama", str(tmp_path / "llama"), "--whisper", str(tmp_path / "whisper")]
+    assert main(["to-hf", model, "--adapter", str(tmp_path / "lora2"), *parts]) == 1
+    assert "adapters in audio_tower/layers/self_attn/q_proj too" in capsys.readouterr().err
+    assert not (tmp_path / "llama").exists()
+
+
+def test_pairs_on_nothing_that_is_run_are_said(root, tmp_path):
+    base = WhisperModel.from_pretrained(root / "whisper")
+    adapted(base, tmp_path / "lora", r=2, target_modules=r".*decoder.*fc1")
+    with pytest.raises(UnsupportedConfigError, match="changes nothing that a speech-language"):
+        gather_weights(root / "whisper", tmp_path / "lora", keep_adapter=True)
+
+
 def test_a_model_without_adapters_has_none_to_write(root, tmp_path):
     weights = gather_weights(root / "llama")
     with pytest.raises(UnsupportedConfigError, match="no LoRA adapter"):
@@ -266,11 +304,13 @@ def test_a_model_without_adapters_has_none_to_write(root, tmp_path):
             "r=2 scale=4, r=5",
         ),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens.weight, which is no linear layer"),
+        ({"target_modules": ["lm_head", "q_proj"]}, "lm_head.weight, which is no linear layer"),
     ],
-    ids=["some layers", "ranks by layer", "embeddings"],
+    ids=["some layers", "ranks by layer", "embeddings", "head"],
 )
 def test_what_can_only_be_merged_says_so(root, tmp_path, settings, told):
-    base = "untied" if "embed_tokens" in settings["target_modules"] else "llama"
+    untied = {"embed_tokens", "lm_head"} & set(settings["target_modules"])
+    base = "untied" if untied else "llama"
     adapted(llama(root, base), tmp_path, r=2, lora_alpha=8, **settings)
     with pytest.raises(UnsupportedConfigError, match=f"{told}(.|\n)*leave out --keep-adapter"):
         gather_weights(root / base, tmp_path, keep_adapter=True)

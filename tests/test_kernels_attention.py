@@ -223,9 +223,12 @@ def _modules_of_kernels():
 )
 def test_auto_prefers_the_kernel_of_the_platform(monkeypatch, platform: str, kernel: str | None):
     monkeypatch.setattr(api, "target_device", lambda: (platform, "some kind"))
-    small, large = api.preferences(64), api.preferences(api.LARGE)
+    small, large = (api.preferences(scores, jnp.bfloat16) for scores in (64, api.LARGE))
     assert small == ((kernel, "reference") if kernel else ("reference",))
     assert large == ((kernel, "chunked") if kernel else ("chunked",))
+    # Triton takes minutes to compile its f32 kernels.
+    expected = ("pallas_tpu", "chunked") if kernel == "pallas_tpu" else ("chunked",)
+    assert api.preferences(api.LARGE, jnp.float32) == expected
 
 
 def test_what_a_kernel_cannot_do_is_an_error_and_auto_does_without_it(monkeypatch):

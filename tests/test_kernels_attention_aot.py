@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import abstract_params, bind, param_shardings, unflatten
@@ -24,6 +23,7 @@ from llaso_jax.modeling.kernels.attention.pallas_tpu import decode as tpu_decode
 from llaso_jax.modeling.llama import KVCache, LlamaConfig
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.modeling.whisper import WhisperConfig
+from llaso_jax.planning.topology import tpu_devices
 from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.sharding.rules import FSDP_TENSOR, named_sharding, use_rules
 
@@ -135,9 +135,7 @@ def abstract_batch(rows: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
 @pytest.mark.slow
 def test_a_train_step_on_a_tpu_calls_the_kernels_and_holds_no_scores_and_no_logits():
     pytest.importorskip("libtpu", reason="compiling for v5e needs libtpu")
-    script()  # sets what libtpu wants to know
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = make_mesh("2x2", devices=list(topology.devices))
+    mesh = make_mesh("2x2", devices=tpu_devices("v5e:2x2"))
     shardings = param_shardings(WIDE, mesh)
     params = unflatten(
         {

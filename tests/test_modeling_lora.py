@@ -172,6 +172,7 @@ def test_layers_have_masks_of_their_own():
         ({"pattern": "("}, "not a regular expression"),
         ({"pattern": "a", "rank": 0}, "rank=0"),
         ({"pattern": "a", "dropout": 1.0}, "dropout=1.0"),
+        ({"pattern": "a", "alpha": 0}, "alpha=0"),
     ],
 )
 def test_rules_that_make_no_adapter_are_refused(values, told):

@@ -1,6 +1,7 @@
 """The composed model against one built from transformers and torch, and the properties of the batch contract."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.ad_checkpoint import print_saved_residuals
 from reference import (
     arrays,
     gradients,
@@ -303,6 +305,27 @@ def test_slots_equal_the_frames_the_model_makes(mel_frames: int, stack: int):
 @functools.cache
 def _plain() -> Any:
     return loss_and_gradients(tiny_config(), make_batch(ROWS, tiny_config(), mel_length=MEL))
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_tpu", "pallas_gpu"])
+def test_saving_products_saves_no_scores_of_attention(implementation, capsys):
+    """`dots` keeps results of matrix products; those inside attention would be S x T for every layer."""
+    cfg = tiny_config(text={"head_dim": 16})
+    rows, length = 2, 3 * 128
+    compute = ComputeConfig(remat="dots", attention=implementation)
+    params = random_params(unflatten(abstract_params(cfg)))
+
+    def forward(x):
+        ids = jnp.ones((rows, length), jnp.int32)
+        return bind(cfg, params, compute).language_model(x, ids, ids)[0].sum()
+
+    print_saved_residuals(forward, jnp.ones((rows, length, cfg.text.hidden_size)))
+    shapes = re.findall(r"^\w+\[([\d,]+)\]", capsys.readouterr().out, re.MULTILINE)
+    kept = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
+    # The widest result of a layer is the feed-forward's.
+    widest = cfg.text.num_hidden_layers * rows * length * cfg.text.num_attention_heads * 16
+    assert len(kept) > 5
+    assert max(kept) <= widest
 
 
 @pytest.mark.parametrize("remat", ["dots", "layer", "offload"])

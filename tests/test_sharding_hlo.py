@@ -135,6 +135,12 @@ def test_what_is_no_program_is_an_error():
         count_flops(parse(endless))
 
 
+def test_a_product_hidden_in_a_library_is_an_error_and_not_nothing():
+    text = TPU.replace('"tpu_custom_call"', '"__cublas$gemm"').replace("cost_estimate", "no")
+    with pytest.raises(HloError, match=r"kernel calls __cublas\$gemm"):
+        count_flops(parse(text))
+
+
 def test_batched_products_written_as_padded_windows_count_once_each():
     """How libtpu writes [20, 5, 8] x [20, 8, 7]: a window over the batch, mostly padding."""
     text = """\

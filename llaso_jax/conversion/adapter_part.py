@@ -11,6 +11,7 @@ from llaso_jax.conversion.tables import Slot, adapter_slots
 from llaso_jax.conversion.tensors import Tensor
 from llaso_jax.conversion.text_part import text_place
 from llaso_jax.conversion.tower_part import tower_place
+from llaso_jax.modeling.functional import linear_paths
 from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
@@ -38,15 +39,22 @@ def adapter_part(
         if (place := _place(part, sources, record)) is not None:
             weight_slots |= place.needed(part, cfg)
     pairs = {name: pair for name, pair in sources.adapter_pairs.items() if not is_ignored(name)}
+    record.ignored += [f"adapter of {name}" for name in sources.adapter_pairs if name not in pairs]
+    if not pairs:
+        raise UnsupportedConfigError(
+            f"{where} changes nothing that a speech-language model has (a Whisper's decoder is not part of it)."
+        )
+    linears = linear_paths(cfg)
     by_linear: dict[str, list[Pair]] = {}
     for name, pair in pairs.items():
         slot = weight_slots.get(name)
-        if slot is None or pair.embedding:
+        linear = slot.path.removesuffix("/weight") if slot else None
+        if linear not in linears or pair.embedding:
             raise UnsupportedConfigError(
                 f"{where} changes {name}, which is no linear layer of the model: it can only be merged: "
                 "leave out --keep-adapter."
             )
-        by_linear.setdefault(slot.path.removesuffix("/weight"), []).append(pair)
+        by_linear.setdefault(linear, []).append(pair)
     _check_layers(where, by_linear, weight_slots)
     rules = _rules(by_linear, sources.adapter.config)
     adapted = dataclasses.replace(cfg, lora=rules)
@@ -97,15 +105,15 @@ def _rules(by_linear: dict[str, list[Pair]], config: dict) -> tuple[LoraRule, ..
     """One rule for all linear layers of one rank and one scale."""
     kinds: dict[tuple[int, float], list[str]] = {}
     for linear, pairs in by_linear.items():
-        kinds.setdefault((pairs[0].rank, pairs[0].scale), []).append(linear)
+        kinds.setdefault((pairs[0].rank, pairs[0].alpha), []).append(linear)
     stabilized = bool(config.get("use_rslora"))
     return tuple(
         LoraRule(
             pattern="|".join(re.escape(linear) for linear in sorted(linears)),
             rank=rank,
-            alpha=scale * (rank**0.5 if stabilized else rank),
+            alpha=alpha,
             dropout=float(config.get("lora_dropout") or 0.0),
             rank_stabilized=stabilized,
         )
-        for (rank, scale), linears in sorted(kinds.items())
+        for (rank, alpha), linears in sorted(kinds.items())
     )

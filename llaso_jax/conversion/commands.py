@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llaso_jax.conversion import inspection_report, verification_report
+from llaso_jax.conversion.errors import UnsupportedConfigError
 from llaso_jax.conversion.exporting import (
     ExportOptions,
     export_adapter,
@@ -38,6 +39,7 @@ from llaso_jax.conversion.weights import Weights, gather_weights
 from llaso_jax.conversion.whisper_decoder import whisper_decoder
 from llaso_jax.conversion.writing import check_target
 from llaso_jax.errors import LlasoError
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
 
 
@@ -112,6 +114,12 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
     else:
         weights = gather_weights(args.model, keep_adapter=bool(args.adapter))
     cfg, files_from = weights.cfg, weights.folder
+    # What may still be refused is, before anything is written.
+    decoder = whisper_decoder(weights.whisper) if args.whisper and weights.whisper else None
+    if args.adapter:
+        base, parts, prefixes = _adapter_base(args)
+        parts = tuple(part for part in parts if part in weights.parts)
+        _check_whole(cfg, weights.parts, parts)
 
     def options(progress: OnTensor) -> ExportOptions:
         return ExportOptions(
@@ -123,8 +131,6 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
         )
 
     if args.adapter:
-        base, parts, prefixes = _adapter_base(args)
-        parts = tuple(part for part in parts if part in weights.parts)
         with _bar(console, "adapter", len(adapter_slots(cfg, parts))) as progress:
             export_adapter(
                 args.adapter,
@@ -162,17 +168,29 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
                 options=options(progress),
             )
     if args.whisper:
-        decoder = whisper_decoder(weights.whisper) if weights.whisper else None
         others = len(decoder.tensors) if decoder else 4
         with _bar(console, "Whisper", len(slots(cfg, ("audio_tower",))) + others) as progress:
             export_whisper(
                 args.whisper, cfg, weights.pieces, decoder=decoder, options=options(progress)
             )
     if args.projector:
-        export_projector(args.projector, cfg, weights.pieces, overwrite=args.overwrite)
+        with _bar(console, "projector", len(slots(cfg, ("projector",)))) as progress:
+            export_projector(args.projector, cfg, weights.pieces, options=options(progress))
     for path in wanted:
         console.print(f"wrote {path}", markup=False)
     return 0
+
+
+def _check_whole(cfg: SpeechLMConfig, there: tuple[str, ...], written: tuple[str, ...]) -> None:
+    """Raise UnsupportedConfigError if adapters of parts that are `there` would be neither `written` nor merged."""
+    rest = tuple(part for part in there if part not in written)
+    left = {slot.path.split("/lora_")[0] for slot in adapter_slots(cfg, rest).values()}
+    if left:
+        raise UnsupportedConfigError(
+            f"the model has adapters in {', '.join(sorted(left))} too, which an adapter of "
+            f"{' and '.join(written)} would leave out: write the adapter with --output (LLaSO's names cover all "
+            "parts), or leave --adapter out to merge them."
+        )
 
 
 def _adapter_base(args: argparse.Namespace) -> tuple[str | None, tuple[str, ...], Prefixes]:

@@ -1,4 +1,4 @@
-"""Hugging Face folders out of parameters: LLaSO layout, stock Llama, stock Whisper encoder.
+"""Hugging Face folders out of parameters: LLaSO layout, stock Llama, stock Whisper, adapters of PEFT.
 
 Tensors leave the devices, or the files they come from, one by one while the file is written.
 """
@@ -208,17 +208,21 @@ def _no_decoder(width: int) -> dict[str, Tensor]:
 
 
 def export_projector(
-    path: str | Path, cfg: SpeechLMConfig, params: Params | Pieces, *, overwrite: bool = False
+    path: str | Path,
+    cfg: SpeechLMConfig,
+    params: Params | Pieces,
+    *,
+    options: ExportOptions = ExportOptions(),
 ) -> Path:
     """Write the projector alone, as upstream's stage 1 leaves it (mm_audio_aligner.bin); by one process.
 
     Raises:
-      TargetExistsError: the file is there and `overwrite` is off.
+      TargetExistsError: the file is there and options.overwrite is off.
       ConversionError: parameters that are not those of `cfg` (errors.py), or a full disk.
     """
     parts = ("projector",)
-    tensors = _Exporter(cfg, params, parts, slots(cfg, parts), ExportOptions())
-    with new_file(path, overwrite=overwrite) as partial:
+    tensors = _Exporter(cfg, params, parts, slots(cfg, parts), options)
+    with new_file(path, overwrite=options.overwrite) as partial:
         tensors.write_aligner(partial)
     return Path(path).absolute()
 
@@ -305,8 +309,10 @@ class _Exporter:
 
     def specs(self) -> Specs:
         specs: Specs = {name: (s.shape, self.dtype(s)) for name, s in self.table.items()}
-        main = jnp.dtype(self.main_dtype)
-        return specs | {name: (tensor.shape, main) for name, tensor in self.extra.items()}
+        return specs | {
+            name: (tensor.shape, target_dtype(tensor, self.options.dtype))
+            for name, tensor in self.extra.items()
+        }
 
     def values(self, specs: Specs) -> Iterator[np.ndarray]:
         """The values of all of `specs` in their order, in blocks; one is read while another is written."""

@@ -33,12 +33,18 @@ _ALTERS_ITS_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A [r, in], B [out, r]; of an embedding [V, D]: A [r, V], B [D, r]. `scale` is the factor on B A."""
+    """A [r, in], B [out, r]; of an embedding [V, D]: A [r, V], B [D, r]. `stabilized`: alpha is over sqrt(r)."""
 
     a: Tensor
     b: Tensor
     embedding: bool
-    scale: float
+    alpha: float
+    stabilized: bool
+
+    @property
+    def scale(self) -> float:
+        """The factor on B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)
 
     @property
     def rank(self) -> int:
@@ -194,7 +200,8 @@ def _read_names(adapter: Source) -> tuple[dict[str, Pair], dict[str, Tensor]]:
             found["A"],
             found["B"],
             embedding,
-            _scale(adapter.config, module, found["A"].shape[0]),
+            _alpha(adapter.config, module),
+            bool(adapter.config.get("use_rslora")),
         )
         for (module, embedding), found in halves.items()
     }
@@ -210,10 +217,9 @@ def _names_in(base: Source, needed: list[str]) -> dict[str, str] | None:
     return None
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _alpha(config: Mapping[str, Any], module: str) -> float:
     patterns = config.get("alpha_pattern") or {}
-    alpha = next(
+    return next(
         (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)),
         config["lora_alpha"],
     )
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -19,7 +19,7 @@ def adapter_config(cfg: SpeechLMConfig, table: Mapping[str, Slot], base_model: s
     with the number of the layer left open.
 
     Raises:
-      UnsupportedConfigError: no adapters, or some of plain and some of rank-stabilized scale.
+      UnsupportedConfigError: no adapters, or some of other dropout or other kind of scale.
     """
     rules: dict[str, LoraRule] = {}
     for name, slot in table.items():
@@ -41,6 +41,11 @@ def adapter_config(cfg: SpeechLMConfig, table: Mapping[str, Slot], base_model: s
         raise UnsupportedConfigError(
             "peft scales all adapters by alpha / r, or all by alpha / sqrt(r) (use_rslora); these are of "
             "both kinds. Write them one part at a time, or merged."
+        )
+    if any(rule.dropout != first.dropout for rule in rules.values()):
+        raise UnsupportedConfigError(
+            "peft has one lora_dropout for all adapters, and these have several. Write them one part at a time, "
+            "or merged."
         )
     return {
         "peft_type": "LORA",

@@ -178,6 +178,7 @@ def _generation_config(decoder: WhisperDecoder) -> Json:
     made: Json = {
         name: config[name]
         for name in ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+        if config.get(name) is not None
     }
     made |= {"max_length": config["max_target_positions"], "return_timestamps": False}
     theirs = decoder.folder / "config.json"
@@ -192,13 +193,14 @@ def _generation_config(decoder: WhisperDecoder) -> Json:
     ids = _added_tokens(decoder.folder / "tokenizer.json")
     if "<|notimestamps|>" in ids:
         made["no_timestamps_token_id"] = ids["<|notimestamps|>"]
-    if made["decoder_start_token_id"] != ids.get("<|startoftranscript|>"):
+    if made.get("decoder_start_token_id") != ids.get("<|startoftranscript|>"):
         return made
     made["is_multilingual"] = config["vocab_size"] > _ENGLISH_ONLY
     if made["is_multilingual"]:
         languages = set(kept.get("lang_ids", ()))
         made["lang_to_id"] = {name: i for name, i in ids.items() if i in languages}
-        made["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
+        tasks = {task: ids.get(f"<|{task}|>") for task in ("transcribe", "translate")}
+        made["task_to_id"] = {task: number for task, number in tasks.items() if number is not None}
     return made
 
 

@@ -1,1 +1,1 @@
-"""Training steps compiled for hardware that is not there."""
+"""What a recipe needs of devices, worked out before they or its weights are there."""

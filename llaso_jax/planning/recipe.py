@@ -6,6 +6,7 @@ from llaso_jax.config import RunConfig, StageConfig, resolve_path
 from llaso_jax.errors import ConfigError
 from llaso_jax.inference.pretrained import read_config
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.training.adapters import with_adapters
 
 LLASO_BASE = dataclasses.replace(
     SpeechLMConfig(),
@@ -18,6 +19,9 @@ def planned_model(recipe: RunConfig) -> tuple[SpeechLMConfig, str]:
     """Architecture that `recipe` trains, its adapters included, and where its sizes are from.
 
     Sizes are those of `model`, of the model folder `weights`, or of LLaSO-Base where that is not here yet.
+
+    Raises:
+      ConfigError: adapters that do not fit the model.
     """
     if recipe.model is not None:
         model, source = recipe.model, "the recipe"
@@ -25,7 +29,7 @@ def planned_model(recipe: RunConfig) -> tuple[SpeechLMConfig, str]:
         model, source = read_config(resolve_path(recipe.weights)), recipe.weights
     else:
         model, source = LLASO_BASE, f"LLaSO-Base ({recipe.weights} is not on this machine)"
-    return dataclasses.replace(model, lora=recipe.lora or model.lora), source
+    return with_adapters(model, recipe.lora), source
 
 
 def planned_stage(recipe: RunConfig, number: int) -> StageConfig:

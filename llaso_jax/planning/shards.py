@@ -1,10 +1,9 @@
 """The parameters of a recipe on a mesh that need not be there."""
 
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from llaso_jax.config import RunConfig
-from llaso_jax.errors import ConfigError
 from llaso_jax.modeling.functional import abstract_params, param_shardings
 from llaso_jax.planning.recipe import planned_model, planned_stage
 from llaso_jax.sharding.mesh import parse_mesh
@@ -30,17 +29,14 @@ def recipe_shards(recipe: RunConfig, mesh: str, *, stage: int = 0) -> str:
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     model, source = planned_model(recipe)
     chosen = planned_stage(recipe, stage)
-    try:
-        infos = abstract_params(model)
-    except ValueError as error:
-        raise ConfigError(f"lora: {error}") from error
+    infos = abstract_params(model)
     scales = learning_rate_scales(infos, chosen.parameters)
     _, frozen = recipe.precision.resolve(PLATFORM)
     shardings = param_shardings(model, abstract)
     rows, trained = [], 0
     for path, info in infos.items():
         dtype = frozen if scales[path] is None else "float32"
-        row = shard_row(path, info.shape, dtype, _itemsize(dtype), shardings[path])
+        row = shard_row(path, info.shape, dtype, jnp.dtype(dtype).itemsize, shardings[path])
         rows.append(row)
         trained += row.device_bytes if scales[path] is not None else 0
     head = f"{recipe.name}, stage {chosen.name!r}, mesh {mesh} ({abstract.size} devices); sizes of {source}\n\n"
@@ -50,7 +46,3 @@ def recipe_shards(recipe: RunConfig, mesh: str, *, stage: int = 0) -> str:
         "moments of AdamW": 2 * trained,
     }
     return head + shard_table(rows, totals)
-
-
-def _itemsize(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

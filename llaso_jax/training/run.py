@@ -16,9 +16,9 @@ from llaso_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from llaso_jax.errors import CheckpointError, ConfigError
 from llaso_jax.inference.pretrained import load_pretrained, read_config, save_prompt_config
 from llaso_jax.modeling.functional import Params, abstract_params, count_params, flatten, merge
-from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.training.adapters import with_adapters
 from llaso_jax.training.loop import StageRun, Workplace
 from llaso_jax.training.metrics import MetricsWriter, plot_metrics
 from llaso_jax.training.report import score_table, transcript_lines
@@ -165,21 +165,7 @@ def _model_config(cfg: RunConfig) -> SpeechLMConfig:
                 f"'model' of the recipe differs from the architecture of weights={cfg.weights!r}: leave "
                 f"'model' out, or leave 'weights' out to train from random weights."
             )
-    if model.lora and cfg.lora and model.lora != cfg.lora:
-        raise ConfigError(
-            f"'lora' of the recipe differs from the adapters the model has ({_patterns(model.lora)}): leave "
-            f"'lora' out to train those, or merge them first with `llaso convert to-hf`."
-        )
-    model = dataclasses.replace(model, lora=cfg.lora or model.lora)
-    try:
-        abstract_params(model)
-    except ValueError as error:
-        raise ConfigError(f"lora: {error}") from error
-    return model
-
-
-def _patterns(rules: tuple[LoraRule, ...]) -> str:
-    return ", ".join(repr(rule.pattern) for rule in rules)
+    return with_adapters(model, cfg.lora)
 
 
 def _initial_params(

@@ -1,10 +1,12 @@
 """The one attention call of the project: checks, choice of an implementation, and its place on a mesh."""
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.chunked import chunked_attention
 from llaso_jax.modeling.kernels.attention.cudnn import cudnn_attention
@@ -20,6 +22,8 @@ from llaso_jax.sharding.rules import (
     per_device,
     target_device,
 )
+
+logger = logging.getLogger(__name__)
 
 Implementation = Literal[
     "auto", "reference", "chunked", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
@@ -73,7 +77,11 @@ def attention(
     """
     check_implementation(implementation)
     _check(q, k, causal, q_segment_ids, kv_segment_ids)
-    names = (implementation,) if implementation != "auto" else preferences(q.shape[1] * k.shape[1])
+    names = (
+        (implementation,)
+        if implementation != "auto"
+        else preferences(q.shape[1] * k.shape[1], q.dtype)
+    )
     q = constrain(q, *QUERIES)
     k, v = constrain(k, *KEYS), constrain(v, *KEYS)
 
@@ -89,15 +97,20 @@ def attention(
     return constrain(out, *QUERIES)
 
 
-def preferences(scores: int) -> tuple[str, ...]:
+def preferences(scores: int, dtype: Any) -> tuple[str, ...]:
     """What `auto` tries in turn, by the platform that is compiled for; `scores` are those of one row and head.
 
-    TPU: pallas_tpu, chunked. GPU: pallas_gpu, chunked. CPU: reference, or chunked from LARGE scores on. A mesh that
-    a kernel cannot be split over (rows or heads that do not divide) takes what follows it.
+    TPU: pallas_tpu. GPU: pallas_gpu, for other dtypes than f32, which takes it minutes to compile. Then, and on a CPU:
+    reference, or chunked from LARGE scores on. A mesh that a kernel cannot be split over (rows or heads that do not
+    divide) takes what follows it.
     """
     plain = "chunked" if scores >= LARGE else "reference"
-    kernels = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
-    return *kernels.get(target_device()[0], ()), plain
+    platform, _ = target_device()
+    if platform == "tpu":
+        return "pallas_tpu", plain
+    if platform == "gpu" and dtype != jnp.float32:
+        return "pallas_gpu", plain
+    return (plain,)
 
 
 def first_possible(attempts: Sequence[Callable[[], jax.Array]]) -> jax.Array:
@@ -106,8 +119,8 @@ def first_possible(attempts: Sequence[Callable[[], jax.Array]]) -> jax.Array:
     for attempt in others:
         try:
             return attempt()
-        except (UnsupportedAttentionError, ShardingError):
-            continue
+        except (UnsupportedAttentionError, ShardingError) as error:
+            logger.info("attention takes the next implementation: %s", error)
     return last()
 
 
@@ -121,9 +134,9 @@ def on_mesh(
 
     `reference` is left to XLA's partitioner, and so is `chunked` where rows or heads do not split evenly.
     """
-    split = per_device(compute, inputs, output)
     if name == "reference":
         return compute
+    split = per_device(compute, inputs, output)
     if name == "chunked":
         return lambda *arrays: first_possible([partial(split, *arrays), partial(compute, *arrays)])
     return split

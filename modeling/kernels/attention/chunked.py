@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.blocks import FLOOR
+from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.modeling.kernels.chunks import cut, join
 
 CHUNK = 128
@@ -69,7 +70,7 @@ def _value(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options) ->
 
 def _forward(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options):
     heads = _heads(q, k, v, q_ids, kv_ids)
-    out, lse = jax.lax.map(functools.partial(_head_forward, options), heads)
+    out, lse = named(*jax.lax.map(functools.partial(_head_forward, options), heads))
     return _queries_of(out, q.shape), (heads, out, lse)
 
 

@@ -16,7 +16,7 @@ def cudnn_attention(
     q_segment_ids: jax.Array | None,
     kv_segment_ids: jax.Array | None,
 ) -> jax.Array:
-    """See `llaso_jax.modeling.kernels.attention.attention`.
+    """See `llaso_jax.modeling.kernels.attention.attention`. Not for a model's rows, which have segment ids always.
 
     Raises:
       UnsupportedAttentionError: another platform, another dtype than bf16, or segment ids, which cuDNN knows only as a
@@ -27,7 +27,7 @@ def cudnn_attention(
         raise UnsupportedAttentionError(f"cudnn runs on NVIDIA GPUs, not on {platform}.")
     if q_segment_ids is not None or kv_segment_ids is not None:
         raise UnsupportedAttentionError(
-            "cudnn takes no segment ids (packed rows, padded audio): choose pallas_gpu or auto."
+            "cudnn takes no segment ids, which the decoder's rows always have: choose pallas_gpu or auto."
         )
     if q.dtype != jnp.bfloat16:
         raise UnsupportedAttentionError(

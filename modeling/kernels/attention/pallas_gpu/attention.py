@@ -15,6 +15,7 @@ from llaso_jax.modeling.kernels.attention.pallas_gpu.backward import Rows, backw
 from llaso_jax.modeling.kernels.attention.pallas_gpu.common import Inputs, Static
 from llaso_jax.modeling.kernels.attention.pallas_gpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_gpu.sizes import BACKWARD, FORWARD, BlockSizes
+from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.sharding.rules import target_device
 
 
@@ -81,7 +82,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, 
     size = plan.forward
     inputs = _inputs(q, k, v, q_ids, kv_ids, size)
     relation = relations(inputs.ids, size.q, size.kv, causal=plan.causal)
-    out, lse = forward(inputs, spans(relation), plan.static(size, q, k))
+    out, lse = named(*forward(inputs, spans(relation), plan.static(size, q, k)))
     return out, (q, k, v, q_ids, kv_ids, out, lse)
 
 

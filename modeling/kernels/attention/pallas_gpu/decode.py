@@ -14,7 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llaso_jax.modeling.kernels.attention.blocks import FLOOR, score_scale
-from llaso_jax.modeling.kernels.attention.errors import check_head_dim, check_platform
+from llaso_jax.modeling.kernels.attention.errors import (
+    check_dtypes,
+    check_head_dim,
+    check_platform,
+)
 from llaso_jax.modeling.kernels.attention.pallas_gpu.common import dot
 from llaso_jax.sharding.rules import target_device
 
@@ -45,6 +49,7 @@ def gpu_decode_attention(
     check_platform("pallas_gpu", "gpu", platform)
     _, batch, heads, room, width = k_cache.shape
     check_head_dim("pallas_gpu", width)
+    check_dtypes("pallas_gpu", q, k_cache, v_cache)
     group = q.shape[1] // heads
     members = max(MEMBERS, pl.next_power_of_2(group))
     grouped = q.reshape(batch, heads, group, width)

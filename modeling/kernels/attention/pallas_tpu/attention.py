@@ -23,6 +23,7 @@ from llaso_jax.modeling.kernels.attention.pallas_tpu.common import (
 )
 from llaso_jax.modeling.kernels.attention.pallas_tpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_tpu.sizes import BlockSizes, block_sizes
+from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.sharding.rules import target_device
 
 
@@ -101,8 +102,8 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, 
         relations(inputs.ids, *size, causal=plan.causal), *size, causal=plan.causal, by="q"
     )
     out, lse = forward(inputs, pairs, _static(plan, size, q.shape[-1]))
-    out = heads_last(out, length)
-    return out, (q, k, v, q_ids, kv_ids, out, lse[..., :length])
+    out, lse = named(heads_last(out, length), lse[..., :length])
+    return out, (q, k, v, q_ids, kv_ids, out, lse)
 
 
 def _backward(plan: Plan, saved, d_out: jax.Array):

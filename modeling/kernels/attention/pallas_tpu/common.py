@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from llaso_jax.modeling.kernels.attention.blocks import (
     ALL,
     LANES,
+    NONE,
     SOME,
     Padded,
     Schedule,
@@ -128,11 +129,13 @@ def specs(inputs: Inputs, size: BlockSizes, by: str) -> Specs:
 
     def place(b: Any, n: Any, p: Any, *rest: Any) -> tuple[Any, ...]:
         """(query head, key/value head, block of queries, block of keys)."""
-        *member, outer, inner, _ = rest
+        *member, outer, inner, kind = rest
         fetched = inner[row_of(b, inner), p]
         if by == "q":
             return n, n // group, outer[p], fetched
-        return n * group + member[0], n, fetched, outer[p]
+        # A pair of NONE keeps what the last member of the group before it had.
+        left = kind[row_of(b, kind), p] == NONE
+        return n * group + jnp.where(left, group - 1, member[0]), n, fetched, outer[p]
 
     def spec(block: tuple[int, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         return pl.BlockSpec(block, lambda b, *rest: index(b, *place(b, *rest)))

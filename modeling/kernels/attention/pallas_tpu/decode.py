@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llaso_jax.modeling.kernels.attention.blocks import FLOOR, LANES, score_scale, whole_blocks
-from llaso_jax.modeling.kernels.attention.errors import check_platform
+from llaso_jax.modeling.kernels.attention.errors import check_dtypes, check_platform
 from llaso_jax.modeling.kernels.attention.pallas_tpu.common import compiler_params, precision
 from llaso_jax.sharding.rules import target_device
 
@@ -31,10 +31,11 @@ def tpu_decode_attention(
     """See `llaso_jax.modeling.kernels.attention.decode_attention`; `block` is a multiple of 128 keys.
 
     Raises:
-      UnsupportedAttentionError: another platform than TPU, or a CPU that interprets.
+      UnsupportedAttentionError: another platform than TPU, or a CPU that interprets; other dtypes than f32 or bf16.
     """
     platform, _ = target_device()
     check_platform("pallas_tpu", "tpu", platform)
+    check_dtypes("pallas_tpu", q, k_cache, v_cache)
     _, batch, heads, room, width = k_cache.shape
     group = q.shape[1] // heads
     members = whole_blocks(group, SUBLANES)
