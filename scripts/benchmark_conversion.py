@@ -14,7 +14,8 @@ and Whisper folders, if DIR has none yet. Then, each in a process of its own and
 
 At the end the exported files are compared with the first ones, byte by byte. Memory is the peak of resident memory
 above what the process held once its libraries were imported. DIR needs four times the checkpoint's size.
-Warm: files were read just before; cold: the kernel is told to drop them first (those it can).
+Warm: all other files are dropped from the page cache and the task's own are read just before it; cold: those too are
+dropped (as far as the kernel can).
 """
 
 import argparse
@@ -30,7 +31,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 SIZES = ("base", "tiny")
-TASKS = ("mapped", "transformers", "load", "import", "export")
+SOURCES_OF = {
+    "mapped": ("llama", "whisper"),
+    "transformers": ("llama", "whisper"),
+    "load": ("llaso",),
+    "import": ("llaso",),
+    "export": ("model",),
+}
+TASKS = tuple(SOURCES_OF)
 
 
 def main() -> None:
@@ -79,8 +87,11 @@ def main() -> None:
 
 def child(args: argparse.Namespace, task: str) -> dict[str, float]:
     """Run one task in a fresh process; its last line is its result."""
-    if args.cold and task != "make":
+    if task != "make":
         drop_from_cache(args.work)
+        if not args.cold:
+            for folder in SOURCES_OF[task]:
+                read(args.work / folder)
     command = [sys.executable, __file__, "--work", str(args.work), "--task", task]
     done = subprocess.run(
         [*command, "--size", args.size, "--mesh", args.mesh],
@@ -130,6 +141,15 @@ def drop_from_cache(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(folder: Path) -> None:
+    """Bring all files below `folder` into the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
 
 
 # --- the tasks: each imports what it needs, then returns what is timed ---------------------------

@@ -186,6 +186,9 @@ def test_a_step_of_llaso_base_traces_without_memory(name: str, mesh: str):
     """The whole step at its real shapes: gradients of the trainable tree only, state in, state out."""
     recipe = load_config(name)
     (stage,) = recipe.stages
+    # Two micro-batches of the recipe's size: each is traced anew.
+    data = dataclasses.replace(stage.data, rows=2 * stage.data.rows // stage.accumulation)
+    stage = dataclasses.replace(stage, data=data, accumulation=2)
     layout = Layout.of(BASE, make_mesh(mesh, devices=jax.devices()[: int(mesh[0])]))
     compute = ComputeConfig(dtype="bfloat16", remat=recipe.precision.remat)
     step, arguments = abstract_step(BASE, stage, layout, compute)
