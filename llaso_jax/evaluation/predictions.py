@@ -262,18 +262,20 @@ def _item(record: dict[str, Any], position: str) -> tuple[str, Item]:
             f"no audio: voice must be a path or a list of paths, and is {voices!r:.40}",
             position=position,
         )
-    seconds = record.get("audio_seconds")
     return keys[0], Item(
         reference=texts[1],
         answer=record[keys[0]],
         instruction=str(texts[0]),
         voices=tuple(voice.replace("\\", "/") for voice in voices),
-        audio_seconds=float(seconds) if isinstance(seconds, float) or _small(seconds) else None,
+        audio_seconds=_seconds(record.get("audio_seconds")),
     )
 
 
-def _small(seconds: Any) -> bool:
-    return isinstance(seconds, int) and abs(seconds) < 10**MOST_DIGITS
+def _seconds(value: Any) -> float | None:
+    """A number that is one, and not a whole one past what f64 holds."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        return None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def read_judgements(path: Path, items: Sequence[Item]) -> Judgements:

@@ -113,8 +113,9 @@ def _by_task(data: Path, source: RecordSource, declared: TaskFiles) -> list[Ques
     for row in range(len(source)):
         record = source[row]
         metadata = record.fields.get("metadata")
-        metadata = metadata if isinstance(metadata, dict) else {}
-        task, metric = metadata.get("task"), metadata.get("metric")
+        metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+        task: Any = metadata.get("task")
+        metric = metadata.get("metric")
         problem = _problem(data, task, metric, declared)
         if not problem and metrics.setdefault(task, metric) != metric:
             problem = f"the metric of {task} is {metric!r}, and was {metrics[task]!r} before"
