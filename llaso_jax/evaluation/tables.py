@@ -108,7 +108,7 @@ def tasks_scored(model: ModelScores, tasks: TaskFiles, protocol: Protocol) -> st
 
 def summary_table(scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settings) -> Table:
     """Overall scores of every model, on 0..1, narrow enough for a terminal."""
-    overall = ("macro_task", "macro_cat3", "macro_cat4")
+    overall = ("macro_task", "macro_cat4")
     table = Table(title="mean scores, 0 (worst) to 1 (best); the report has all")
     table.add_column("model", overflow="fold")
     table.add_column("protocol")

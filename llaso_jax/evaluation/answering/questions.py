@@ -112,8 +112,8 @@ def _by_task(data: Path, source: RecordSource, declared: TaskFiles) -> list[Ques
     labels: dict[str, set[str]] = defaultdict(set)
     for row in range(len(source)):
         record = source[row]
-        metadata = record.fields.get("metadata")
-        metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+        found = record.fields.get("metadata")
+        metadata: dict[str, Any] = found if isinstance(found, dict) else {}
         task: Any = metadata.get("task")
         metric = metadata.get("metric")
         problem = _problem(data, task, metric, declared)
