@@ -1,6 +1,7 @@
 """`llaso evaluate`: score any model on LLaSO-Eval, compare models, check the paper's numbers."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def _scoring_options() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--judge-rate",
-        type=float,
+        type=_number(at_least=0),
         default=120,
         metavar="N",
         help="requests a minute, 0 for no limit (%(default)s, as published)",
@@ -106,7 +107,11 @@ def _scoring_options() -> argparse.ArgumentParser:
         help="requests at a time (%(default)s)",
     )
     options.add_argument(
-        "--judge-timeout", type=float, default=60, metavar="S", help="of a request (%(default)s)"
+        "--judge-timeout",
+        type=_number(above=0),
+        default=60,
+        metavar="S",
+        help="of a request (%(default)s)",
     )
     options.add_argument(
         "--bootstrap", type=_at_least(0), default=1000, metavar="N", help="draws (%(default)s)"
@@ -128,6 +133,20 @@ def _at_least(lowest: int):
         return int(text)
 
     return integer
+
+
+def _number(*, at_least: float = -math.inf, above: float = -math.inf):
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= at_least and value > above):
+            bound = f"above {above:g}" if above > at_least else f"of at least {at_least:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {bound}")
+        return value
+
+    return number
 
 
 def _add_score(commands, raw) -> None:

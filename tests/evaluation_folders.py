@@ -45,10 +45,10 @@ def write_lines(path: Path, values: list[Any]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def judgement(index: int, evaluation: str) -> dict[str, Any]:
-    """One line of gpt_result."""
-    names = {"file": "x_test.json", "predicted": "", "reference": ""}
-    return {**names, "index": index, "evaluation": evaluation}
+def judgement(index: int, evaluation: str, pair: tuple[str, str] | None = None) -> dict[str, Any]:
+    """One line of gpt_result; pair: reference and answer that were judged."""
+    judged = {} if pair is None else {"reference": pair[0], "predicted": pair[1]}
+    return {"file": "x_test.json", **judged, "index": index, "evaluation": evaluation}
 
 
 def write_model(
@@ -64,7 +64,8 @@ def write_model(
             write_array(folder / f"{name}_test.json", records)
         if name in SCORES:
             told = [
-                judgement(i, f"Score: {s}  \nExplanation: so") for i, s in enumerate(SCORES[name])
+                judgement(i, f"Score: {s}  \nExplanation: so", pair)
+                for i, (s, pair) in enumerate(zip(SCORES[name], pairs, strict=True))
             ]
             write_lines(folder / "gpt_result" / f"{name}_test.jsonl", told)
     return folder

@@ -7,6 +7,8 @@ import pytest
 from evaluation_folders import judgement, record, write_array, write_lines, write_model
 
 from llaso_jax.evaluate import main
+from llaso_jax.evaluation.bootstrap import Bootstrap
+from llaso_jax.evaluation.comparison import _difference
 from llaso_jax.evaluation.paper import check_paper, judge_value
 from llaso_jax.evaluation.scoring import ModelScores
 from llaso_jax.evaluation.tasks import load_tasks
@@ -99,6 +101,49 @@ def test_files_of_one_model_only_are_refused_until_tasks_are_chosen(tmp_path, ca
     assert "Name one model's folder each" in capsys.readouterr().err
 
 
+def test_a_file_without_a_score_of_both_is_in_no_mean_and_named(tmp_path, capsys):
+    a, b = (write_model(tmp_path / name) for name in "ab")
+    (b / "gpt_result" / "dolly_input_1_test.jsonl").unlink()
+    result = compared(a, b, tmp_path / "out", "--bootstrap", "50")
+    assert list(result["left_out"]) == ["dolly_input_1"]
+    assert result["left_out"]["dolly_input_1"] == "no judge's score of b"
+    assert "dolly_input_1" not in result["files"]
+    assert "AQA" not in [task["name"] for task in result["tasks"]]
+    for difference in (*result["tasks"], *result["overall"]):
+        assert difference["a"] == difference["b"]
+        assert difference["low"] == difference["high"] == 0
+    assert "no judge's score of b" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert "dolly_input_1: no judge&#x27;s score of b" in page
+
+
+def test_what_was_repaired_is_told_by_compare_and_paper(tmp_path, capsys):
+    a, b = (write_model(tmp_path / name) for name in "ab")
+    write_lines(b / "gpt_result" / "dolly_input_1_test.jsonl", [judgement(0, "Score: 5")])
+    told = "b: dolly_input_1_test.jsonl: 2 of 3 items are not judged"
+    result = compared(a, b, tmp_path / "out")
+    assert told in result["notes"]
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert told in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    output = tmp_path / "missing" / "paper.json"
+    assert main(["paper", str(tmp_path), "-o", str(output)]) == 0
+    assert told in json.loads(output.read_text(encoding="utf-8"))["notes"]
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_models_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
+    a = write_model(tmp_path / "run1" / "same" / "m", {FILE: answers({0})})
+    b = write_model(tmp_path / "run2" / "same" / "m", {FILE: answers(set())})
+    result = compared(a, b, tmp_path / "out")
+    assert (result["a"], result["b"]) == ("run1/same/m", "run2/same/m")
+
+
+def test_draws_without_a_score_are_on_neither_side():
+    drawn = [np.zeros(4), np.array([1.0, 1.0, np.nan, np.nan])]
+    difference = _difference("x", "", (0.0, 1.0), drawn, Bootstrap(samples=4))
+    assert difference.p_value == pytest.approx(2 / 3)  # of two draws and the sample itself
+
+
 # --- the paper ------------------------------------------------------------------------------------
 
 
@@ -134,3 +179,15 @@ def test_every_quoted_value_has_a_verdict_and_the_overall_one_is_never_a_match()
     assert checks["PR phoneme error rate", "LLaSO-Base"].verdict == "no predictions"
     assert checks["samples", None].verdict == "mismatch"
     assert checks["tasks", None].verdict == "match"
+
+
+def test_a_reason_is_told_of_its_verdict_only():
+    scores = ModelScores("LLaSO-Base")
+    scores.entries = {"ASR": {"n": 1, "paper": {"cer": 0.9}}}
+    scores.aggregates = {"paper": dict.fromkeys(("macro_task", "macro_cat3", "macro_cat4"))}
+    checks = {(c.quote, c.model): c for c in check_paper([scores], load_tasks())}
+    other = checks["ASR character error rate", "LLaSO-Base"]
+    assert (other.verdict, other.reason) == (
+        "mismatch",
+        "the published predictions do not give it",
+    )

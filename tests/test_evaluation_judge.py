@@ -1,6 +1,7 @@
 """Judges: an endpoint that fails in every way, the cache, and the local judge's held-out agreement."""
 
 import contextlib
+import csv
 import json
 import threading
 import time
@@ -184,11 +185,11 @@ def test_refusals_and_endless_failures_are_errors_that_keep_what_was_judged(aske
         with pytest.raises(JudgeError, match=r"m at http.*bad key"):
             judge(server)(*asked)
         assert len(server.asked) == 1  # a refusal is not repeated
-    with endpoint(GOOD, (429, {})) as server, pytest.raises(JudgeError, match="after 1 retries"):
-        judge(server, retries=1)(*asked)
-    with endpoint(GOOD) as server:
+    with endpoint(GOOD, (429, {}), (429, {}), GOOD) as server:
+        with pytest.raises(JudgeError, match="after 1 retries"):
+            judge(server, retries=1)(*asked)
         assert judge(server)(*asked).scores == (4, 4, 4)
-        assert len(server.asked) == 2  # the first was kept
+        assert len(server.asked) == 5  # the first was kept
 
 
 def test_requests_start_no_faster_than_the_rate(asked, judge):
@@ -196,6 +197,37 @@ def test_requests_start_no_faster_than_the_rate(asked, judge):
         judge(server, per_minute=600, workers=3)(*asked)
     times = [moment for moment, _ in server.asked]
     assert times[-1] - times[0] >= 0.19  # two gaps of 0.1 s, whatever the workers
+
+
+def test_requests_that_are_sent_again_keep_to_the_rate_too(asked, judge):
+    with endpoint((429, {}), (429, {}), GOOD) as server:
+        judge(server, per_minute=600)(*asked)
+    times = [moment for moment, _ in server.asked]
+    assert len(times) == 5
+    assert min(np.diff(times)) >= 0.09
+
+
+def test_what_another_endpoint_said_is_not_taken(asked, judge):
+    with endpoint(GOOD) as first, endpoint((200, said("Score: 2"))) as second:
+        assert judge(first)(*asked).scores == (4, 4, 4)
+        assert judge(second)(*asked).scores == (2, 2, 2)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"evaluation": 5}', '{"evaluation": "well"}'])
+def test_a_damaged_file_of_the_cache_is_judged_again(asked, judge, tmp_path, damage):
+    with endpoint(GOOD) as server:
+        judge(server)(*asked)
+        for path in (tmp_path / "cache").iterdir():
+            path.write_text(damage, encoding="utf-8")
+        assert judge(server)(*asked).scores == (4, 4, 4)
+    assert len(server.asked) == 6
+
+
+def test_the_judge_is_named_with_the_endpoint_that_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1/")
+    assert OpenAIJudge("m", None, tmp_path).name == "m at http://127.0.0.1:9/v1"
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    assert OpenAIJudge("m", None, tmp_path).name == "m at https://api.openai.com/v1"
 
 
 def test_score_takes_an_endpoint_as_judge(tmp_path, capsys):
@@ -237,7 +269,21 @@ def test_held_out_agreement_is_of_a_judge_fitted_on_the_other_models():
     said = predict(fit(only)["AQA"], only.features)
     assert np.corrcoef(said, only.scores)[0, 1] > 0.95
     line = agreement_line({name: agreement[name] for name in "ac"})
-    assert line.startswith("with the published judge on 2 models, each left out of the fit")
+    assert line.startswith(
+        "with the published judge on 2 models, each left out of the fit with its"
+    )
+
+
+def test_a_family_is_left_out_of_the_fit_together():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(300, len(FEATURES)))
+    models = np.repeat(["a", "b", "b2"], 100)
+    scores = 1 + 4 * x[:, 3]
+    scores[models != "a"] = 5 - 4 * x[models != "a", 3]  # b and its variant are alike, a is not
+    judged = Judged(models, np.full(300, "AQA"), x, scores)
+    assert held_out_agreement(judged)["b"]["pearson"] > -0.95  # its variant tells of it
+    alone = held_out_agreement(judged, {"b2": "b"})
+    assert max(alone["b"]["pearson"], alone["b2"]["pearson"]) < -0.95
 
 
 def test_the_local_judge_prefers_better_answers_and_is_the_same_every_time(asked):
@@ -253,7 +299,15 @@ def test_the_local_judges_agreement_is_shown_wherever_its_scores_are(tmp_path, c
     line = agreement_line(fitted()["agreement"])
     assert line in " ".join(capsys.readouterr().err.split())
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count(line.replace("'", "&#x27;")) == 3  # the head, the files, the modality plot
+    # the head, overall, tasks, files and the modality plot
+    assert page.count(line.replace("'", "&#x27;")) == 5
+    assert page.count(f"by the local surrogate; agreement {line}") == len(QA)  # every card
+    for name in fitted()["agreement"]:
+        assert f"<td>{name}</td>" in page
+    with (tmp_path / "out" / "tasks.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["name"]: row["judge"] for row in csv.DictReader(file)}
+    assert line in rows["AQA"]
+    assert line in rows["macro_task"]
     scores = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
     assert scores["judge"]["agreement"] == line
     assert len(scores["judge"]["held_out"]) == 11

@@ -1,5 +1,7 @@
 """Every metric of LLaSO-Eval on cases small enough to score by hand, and against the field's libraries."""
 
+import time
+
 import jiwer
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from llaso_jax.evaluation.metrics.judge_score import (
     mean_where_scored,
     parse_score,
 )
-from llaso_jax.evaluation.metrics.overlap import rouge_l, sacrebleu_score
+from llaso_jax.evaluation.metrics.overlap import bleu_tokenizer, rouge_l, sacrebleu_score
 from llaso_jax.evaluation.metrics.phonemes import (
     ipa_symbols,
     letter_classes,
@@ -196,6 +198,20 @@ def test_numbers_are_read_as_upstream_reads_them(text, age, pitch):
     assert (numbers.parse(text, "age"), numbers.parse(text, "pitch")) == (age, pitch)
 
 
+@pytest.mark.parametrize("digits", [16, 400, 5000])
+def test_numbers_of_an_answer_that_loops_are_none(digits):
+    text = "7" * digits
+    for quantity in ("age", "pitch"):
+        for answer in (text, f"about {text}.{text}", f"{text}-{text}"):
+            scores = numbers.absolute_errors([60], [answer], quantity)
+            assert np.isnan(scores.parsed.value())
+            assert scores.coverage.value() == 0
+    assert parse_score(f"Score: {text}") is None
+    said = "accuracy is {}, prosodic is 7, fluency is 9"
+    assert sentence_scores(said.format(text)) is None
+    assert sentence_agreement([said.format(8)], [said.format(text)]).usable == 0
+
+
 def test_absolute_errors_of_both_protocols():
     scores = numbers.absolute_errors([20, 60, 40], ["22", "an adult", "no idea"], "age")
     assert scores.parsed.value() == pytest.approx(
@@ -252,6 +268,21 @@ def test_sentence_scores_are_read_in_both_orders(text, scores):
     assert (found and tuple(found.values())) == scores
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 2 3 " + "accuracy is " * 1000,
+        "accuracy is " * 1000 + "\n1 2 3",
+        "accuracy " * 1000 + "1 2 3",
+        "1 2 3 " + "4" * 5000,
+    ],
+)
+def test_sentence_scores_of_an_answer_that_loops_take_no_time(text):
+    start = time.process_time()
+    assert sentence_scores(text) is None
+    assert time.process_time() - start < 2  # with time that grows as the cube: minutes
+
+
 def test_agreement_of_pronunciation():
     said = "accuracy is {}, prosodic is 7, fluency is 9"
     agreement = sentence_agreement([said.format(8)] * 3, [said.format(8), said.format(2), "well"])
@@ -287,6 +318,19 @@ def test_overlap_scores_are_sacrebleus():
 def test_rouge_l_by_hand():
     # common subsequence "cat mat": 2 of 3 and of 2 words
     assert rouge_l(["cat on mat"], ["cat mat"]).value() == pytest.approx(2 * 2 / (3 + 2))
+
+
+def test_overlap_is_counted_in_the_words_or_characters_of_the_language():
+    assert rouge_l(["die Tür ist auf"], ["die Tür war auf"], "de").value() == pytest.approx(3 / 4)
+    assert rouge_l(["今天天气很好"], ["今天天气不好。"], "zh").value() == pytest.approx(5 / 6)
+    assert rouge_l(["привет мир"], ["привет всем"], "ru").value() == pytest.approx(1 / 2)
+    # one of six characters; of words split at blanks, all of one
+    assert sacrebleu_score(
+        "TER", ["今天天气很好"], ["今天天气不好"], "zh"
+    ).value() == pytest.approx(100 / 6)
+    assert sacrebleu_score("TER", ["ภาษาไทย"], ["ภาษาไทบ"], "th").value() == pytest.approx(100 / 7)
+    for language, tokenizer in {"wuu": "zh", "my": "char", "bo": "char", "de": "13a"}.items():
+        assert bleu_tokenizer(language) == tokenizer
 
 
 def test_resampling_a_statistic_is_scoring_the_items_drawn():

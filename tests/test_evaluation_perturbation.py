@@ -1,6 +1,7 @@
 """Perturbed items: what is done to audio and instruction, and the curves of a tiny model."""
 
 import json
+import re
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +23,10 @@ from llaso_jax.evaluation.answering.perturbation import (
     with_noise,
 )
 from llaso_jax.evaluation.answering.questions import load_questions
-from llaso_jax.evaluation.robustness import spread
+from llaso_jax.evaluation.comparison import Comparison, Difference, FileComparison
+from llaso_jax.evaluation.report.robustness_section import robustness_section
+from llaso_jax.evaluation.robustness import robustness_tree, spread
+from llaso_jax.evaluation.tasks import load_tasks
 
 MINI = Path(str(files("llaso_jax"))) / "data" / "mini"
 RATE = 16_000
@@ -57,6 +61,10 @@ def test_every_level_is_a_perturbation():
         ("speed:0", "levels of speed are 0.25 to 4"),
         ("codec:mp3-500k", "levels of codec are 8 to 160"),
         ("reword:0", "levels of reword"),
+        ("reword:nan", "levels of reword are 1 to 100"),
+        ("reword:inf", "levels of reword"),
+        ("reword:1e9", "levels of reword"),
+        ("reword:2.7", "reword takes one whole number"),
     ],
 )
 def test_a_mistaken_perturbation_is_told_in_words(word, told):
@@ -143,7 +151,44 @@ def test_questions_that_are_their_own_instruction_are_not_reworded(tmp_path):
 
 
 def test_spread_is_over_all_instructions():
-    assert spread([{"score": 0.5}, {"score": 0.9}], 0.7) == pytest.approx(0.4)
+    assert spread([{"change": -0.2}, {"change": 0.2}]) == pytest.approx(0.4)
+    assert spread([{"change": 0.1}]) == pytest.approx(0.1)  # the item's own instruction is one
+
+
+def difference(a: float, b: float) -> Difference:
+    return Difference("SGC", "", a, b, None, None, None, "")
+
+
+def test_every_level_has_the_clean_score_of_its_own_files():
+    tasks = load_tasks(only=["SGC"])
+    names = list(tasks)
+
+    def compared(files, task):
+        scored = {
+            file: FileComparison(difference(0, 0), 0, 0, 1, examples=(), reworded=0)
+            for file in files
+        }
+        return Comparison("clean", "other", "corrected", scored, [task], [], {}, [])
+
+    tree = robustness_tree(
+        {
+            "reword=2": compared(names[:1], difference(0.9, 0.6)),
+            "reword=1": compared(names, difference(0.5, 0.4)),
+        },
+        tasks,
+        asked=["reword=1", "reword=2", "reword=3"],
+    )
+    points = tree["curves"]["SGC"]["reword"]
+    assert [(p["level"], p["files"], p["clean"]) for p in points] == [(1, 4, 0.5), (2, 1, 0.9)]
+    assert {name: list(files) for name, files in tree["left_out"].items()} == {
+        "reword=2": names[1:],
+        "reword=3": names,
+    }
+    page = robustness_section(tree, "nobody")
+    assert "0.500 / 0.900" in page
+    cleans = re.findall(r'class="clean" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', page)
+    assert len(set(cleans)) == 2
+    assert "not asked: too few instructions" in page
 
 
 def test_a_run_reports_curves_of_the_same_items(checkpoint, tmp_path):  # noqa: F811
@@ -152,10 +197,11 @@ def test_a_run_reports_curves_of_the_same_items(checkpoint, tmp_path):  # noqa: 
     arguments += ["--max-new-tokens", "3", "--bootstrap", "20", "--batch-size", "12"]
     assert main([*arguments, "--perturb", "gain:-20", "noise:snr=0,-10", "reword:1"]) == 0
     scores = json.loads((tmp_path / "report" / "scores.json").read_text(encoding="utf-8"))
-    curves = scores["robustness"]
+    curves = scores["robustness"]["curves"]
     assert set(curves) == {"SCR", "AQA"}
-    assert set(curves["SCR"]) == {"clean", "gain", "noise", "reword"}
-    assert set(curves["AQA"]) == {"clean", "gain", "noise"}
+    assert set(curves["SCR"]) == {"gain", "noise", "reword"}
+    assert set(curves["AQA"]) == {"gain", "noise"}
+    assert list(scores["robustness"]["left_out"]["reword=1"]) == ["eval_AQA"]
     assert [point["level"] for point in curves["SCR"]["noise"]] == [-10, 0]
     for point in curves["SCR"]["noise"]:
         assert point["low"] <= point["change"] <= point["high"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from evaluation_folders import ASR, FILES, judgement, record, write_array, write_lines, write_model
 
 from llaso_jax.evaluation.errors import (
@@ -13,12 +14,13 @@ from llaso_jax.evaluation.errors import (
     TaskListError,
 )
 from llaso_jax.evaluation.predictions import (
+    Item,
     find_models,
     read_abstentions,
     read_judgements,
     read_predictions,
 )
-from llaso_jax.evaluation.tasks import load_tasks
+from llaso_jax.evaluation.tasks import load_tasks, read_task_list
 
 
 @pytest.mark.parametrize("key", ["answer", "result", "prediction"])
@@ -60,6 +62,8 @@ def _without(*keys):
         ([record(0, "a", "b"), _without("answer")], IncompleteRecordError, "no prediction"),
         ([record(0, "a", "b"), {**_without(), "answer": None}], IncompleteRecordError, "is None"),
         ([record(0, "a", "b"), _without("conversations")], IncompleteRecordError, "no reference"),
+        ([record(0, "a", "b"), {**_without(), "voice": 5}], IncompleteRecordError, "and is 5"),
+        ([record(0, "a", "b"), {**_without(), "voice": [5]}], IncompleteRecordError, "voice must"),
         ([record(0, "a", "b"), 7], MalformedFileError, "7 is no JSON object"),
         (
             [{**record(0, "a", "b"), "id": "q"}, {**record(1, "a", "b"), "id": "q"}],
@@ -84,6 +88,10 @@ def test_a_bad_record_is_named_with_its_file(tmp_path, records, error, told, lin
         (b'[{"a": "\xe9"}]', "not UTF-8 text: byte 8 is 0xe9"),
         (b'[{"a": 1}, {"b": ]', "malformed JSON array.*line 1 of"),
         (b'{"a": \n{"b": \n', "no JSON, not even with the lines after it.*record 0"),
+        (b"[" * 200_000, "cannot be read as JSON"),
+        (b'[{"a": ' + b"[" * 900 + b"]" * 900 + b"}]", "nested too deep"),
+        (b'[{"a": ' + b"9" * 5000 + b"}]", "cannot be read as JSON"),
+        (b'{"a": ' * 200_000, "no JSON"),
         (b"", "holds no record"),
         (b"[]", "holds no record"),
     ],
@@ -93,6 +101,34 @@ def test_a_file_that_is_no_predictions_is_refused(tmp_path, content, told):
     path.write_bytes(content)
     with pytest.raises(MalformedFileError, match=told):
         read_predictions(path)
+
+
+def test_half_a_character_is_read_as_a_replacement_and_reported(tmp_path):
+    path = tmp_path / "x_test.json"
+    path.write_text(json.dumps([record(0, "a", "b\ud83d"), record(1, "c", "\U0001f600")]), "utf-8")
+    read = read_predictions(path)
+    assert read.answers == ["b\ufffd", "\U0001f600"]
+    assert read.notes == ("x_test.json: record 0 held half a character, read as U+FFFD",)
+
+
+def test_records_with_two_different_answers_are_counted(tmp_path):
+    path = tmp_path / "x_test.json"
+    records = [record(n, "a", "b") | {"result": said} for n, said in enumerate("bc")]
+    write_array(path, records)
+    read = read_predictions(path)
+    assert read.answers == ["b", "b"]
+    (note,) = read.notes
+    assert "1 records hold different texts under answer, result, prediction" in note
+
+
+def test_folders_of_a_model_are_no_models_and_others_without_predictions_are_noted(tmp_path):
+    write_model(tmp_path / "gpt_result")
+    with pytest.raises(NoPredictionsError, match="holds no predictions"):
+        find_models([tmp_path], list(FILES))
+    write_model(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    (found,) = find_models([tmp_path], list(FILES))
+    assert found.notes == [f"the folder {tmp_path / 'empty'} is not scored"]
 
 
 def test_models_are_found_alone_and_in_a_folder_of_models(tmp_path):
@@ -119,6 +155,22 @@ def test_folders_without_predictions_and_models_of_one_name_are_refused(tmp_path
         find_models([first], list(FILES))
 
 
+def items(count: int) -> list[Item]:
+    return [Item(f"r{n}", f"a{n}", "asked", (), None) for n in range(count)]
+
+
+def test_scores_of_another_answer_or_reference_are_not_used_and_counted(tmp_path):
+    path = tmp_path / "x_test.jsonl"
+    pairs = [("r0 ", "\na0"), ("r1", "another"), ("another", "a2"), None]
+    write_lines(path, [judgement(n, "Score: 4", pair) for n, pair in enumerate(pairs)])
+    judged = read_judgements(path, items(4))
+    assert judged.scores == judged.as_written == (4, None, None, 4)
+    assert judged.explanations == ("Score: 4", "", "", "Score: 4")
+    (note,) = judged.notes
+    assert "2 scores are of another answer or reference" in note
+    assert "the first is of item 1" in note
+
+
 def test_judgements_are_repaired_counted_and_reported(tmp_path):
     path = tmp_path / "dolly_input_1_test.jsonl"
     broken = json.dumps(judgement(1, "Score: 2"))
@@ -130,7 +182,7 @@ def test_judgements_are_repaired_counted_and_reported(tmp_path):
         json.dumps(judgement(9, "Score: 5")),
     ]
     path.write_text("\n".join(told), encoding="utf-8")
-    judged = read_judgements(path, 4)
+    judged = read_judgements(path, items(4))
     assert judged.scores == (4, 2, None, None)
     assert judged.as_written == (4, None, None, None)
     assert judged.broken_lines == 1
@@ -143,7 +195,7 @@ def test_an_item_judged_twice_is_refused(tmp_path):
     path = tmp_path / "x_test.jsonl"
     write_lines(path, [judgement(0, "Score: 4"), judgement(0, "Score: 1")])
     with pytest.raises(DuplicateRecordError, match=r"index 0 is judged twice.*line 2"):
-        read_judgements(path, 1)
+        read_judgements(path, items(1))
 
 
 def test_published_abstentions_are_shares_by_file(tmp_path):
@@ -187,6 +239,13 @@ def test_some_tasks_or_files_can_be_chosen():
         ("- {name: x, metric: EM, files: [a], labels: [b]}", "labels are for ACC and F1"),
         ("- {name: x, metric: ACC, files: [ASR]}", "'ASR' is already in a task"),
         ("- {name: [", "cannot be read"),
+        ("- {name: x, metric: EM, files: [../a]}", "'../a' is no name of a file"),
+        ("- {name: x, metric: EM, files: {(a): [.a]}}", "'.a' is no name of a file"),
+        (
+            "- {name: x, metric: EM, files: [a], language: english}",
+            "'english' is no code of ISO 639",
+        ),
+        ("- {name: x, metric: EM, files: [a], language: xx}", "'xx' is no code"),
     ],
 )
 def test_a_mistaken_task_list_is_told_in_words(tmp_path, text, told):
@@ -194,3 +253,28 @@ def test_a_mistaken_task_list_is_told_in_words(tmp_path, text, told):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TaskListError, match=told):
         load_tasks([path])
+
+
+@pytest.mark.parametrize(
+    ("written", "language"),
+    [
+        ("EN", "en"),
+        ("zh-Hant-TW", "zh"),
+        ("cmn", "zh"),
+        ("jpn", "ja"),
+        ("pt_BR", "pt"),
+        ("yue", "yue"),
+    ],
+)
+def test_a_language_has_one_code_however_it_is_written(tmp_path, written, language):
+    path = tmp_path / "more.yaml"
+    path.write_text(f"- {{name: x, metric: EM, files: [a], language: {written}}}", encoding="utf-8")
+    (spec,) = read_task_list(path)
+    assert spec.language == language
+
+
+def test_a_task_written_as_an_entry_is_read_as_the_same(tmp_path):
+    path = tmp_path / "again.yaml"
+    specs = list(load_tasks().values())
+    path.write_text(yaml.safe_dump([spec.entry() for spec in specs]), encoding="utf-8")
+    assert read_task_list(path, further=False) == specs

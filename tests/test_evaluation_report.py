@@ -13,7 +13,7 @@ from llaso_jax.evaluation.report.browser import word_difference
 from llaso_jax.evaluation.report.svg import Point, Series, dots, radar
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
-NASTY = '</script><script>alert("x")</script><b>&amp;'
+NASTY = '<!--<script></script><script>alert("x")</script><b>&amp;'
 
 
 class Page(HTMLParser):
@@ -49,7 +49,10 @@ class Page(HTMLParser):
 def page(tmp_path_factory) -> Page:
     folder = tmp_path_factory.mktemp("report")
     first, second = write_model(folder / "first"), write_model(folder / "second")
-    write_array(first / "dolly_input_1_test.json", [record(n, NASTY, NASTY) for n in range(3)])
+    nasty = [record(n, NASTY, NASTY) for n in range(3)]
+    nasty[0]["voice"] = ["../secret.wav"]
+    write_array(first / "dolly_input_1_test.json", nasty)
+    sf.write(folder / "secret.wav", [0.0] * 160, 16_000)
     (folder / "audio" / "corpus").mkdir(parents=True)
     sf.write(folder / "audio" / "corpus" / "1.wav", [0.0] * 160, 16_000)
     (folder / "trained.yaml").write_text("first: {tasks: [ASR, SGC]}\n", encoding="utf-8")
@@ -89,7 +92,7 @@ def test_the_page_is_whole_and_needs_no_network(page):
 def test_answers_are_data_and_never_markup(page, browser):
     shown = browser["first"]["dolly_input_1"][0]
     assert (shown["reference"], shown["answer"]) == (NASTY, NASTY)
-    assert page.data.count("</") == 0
+    assert "<" not in page.data
 
 
 def test_answers_come_worst_first_with_what_differs_and_a_player(browser):
@@ -98,6 +101,7 @@ def test_answers_come_worst_first_with_what_differs_and_a_player(browser):
     assert asr[0]["diff"][3:] == [["delete", "barked"], ["insert", "barks"], ["delete", "twice"]]
     assert asr[0]["audio"] == ["../audio/corpus/1.wav"]
     assert asr[1]["audio"] == []  # corpus/0.wav is not there
+    assert all(item["audio"] == [] for item in browser["first"]["dolly_input_1"] if not item["n"])
     judged = browser["second"]["dolly_input_1"]
     assert [item["score"] for item in judged] == [1, 1, 5]
     assert judged[0]["judge"].startswith("Score: 1")
@@ -129,6 +133,16 @@ def test_coverage_is_of_declared_models_and_in_the_scores(tmp_path, capsys):
     (tmp_path / "trained.yaml").write_text("m: {tasks: [SPEECH]}\n", encoding="utf-8")
     assert main([*arguments, "--trained-on", str(tmp_path / "trained.yaml")]) == 1
     assert "m was trained on SPEECH" in " ".join(capsys.readouterr().err.split())
+
+
+def test_items_and_baselines_are_of_every_model(tmp_path):
+    gender = "vctk_gender_classification"
+    a = write_model(tmp_path / "a", {gender: [("male", "male")]})
+    b = write_model(tmp_path / "b", {gender: [("male", "male"), ("female", "male")]})
+    assert main(["score", str(a), str(b), "-o", str(tmp_path / "out"), "--bootstrap", "0"]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "1 / 2" in page
+    assert "chance 1.00 / chance 0.50" in page
 
 
 def test_a_comparison_has_a_page_of_its_own(tmp_path):

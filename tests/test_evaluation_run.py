@@ -1,6 +1,8 @@
 """`llaso evaluate run`: the mini corpus' eval split through a tiny model, stopped, resumed and scored."""
 
 import json
+import os
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +13,14 @@ from test_generate_cli import checkpoint  # noqa: F401 - a fixture
 from llaso_jax.evaluate import main
 from llaso_jax.evaluation.answering import answers
 from llaso_jax.evaluation.answering.journal import Journal
+from llaso_jax.evaluation.answering.questions import load_questions, write_task_list
+from llaso_jax.evaluation.errors import (
+    IncompleteRecordError,
+    MalformedFileError,
+    NoPredictionsError,
+    TaskListError,
+)
+from llaso_jax.evaluation.tasks import read_task_list
 
 MINI = Path(str(files("llaso_jax"))) / "data" / "mini"
 COMMON = ["--data", str(MINI / "eval.json"), "--max-new-tokens", "4", "--bootstrap", "20"]
@@ -66,7 +76,10 @@ def test_predictions_can_be_scored_again_by_themselves(whole, tmp_path):
     assert main([*arguments, "--task-list", str(folder / "tasks.yaml")]) == 0
     again = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     scores = json.loads((whole / "report" / "scores.json").read_text(encoding="utf-8"))
-    assert again["models"]["tiny"]["files"] == scores["models"]["tiny"]["files"]
+    again, scores = again["models"]["tiny"], scores["models"]["tiny"]
+    assert again["files"] == scores["files"]
+    assert again["aggregates"] == scores["aggregates"]
+    assert scores["aggregates"]["corrected"]["macro_task"] is None  # no file of LLaSO-Eval
 
 
 def test_a_killed_run_goes_on_and_the_text_is_that_of_any_batch(
@@ -123,6 +136,7 @@ def test_questions_come_from_llaso_evals_folder_too(checkpoint, tmp_path):  # no
     report = json.loads((tmp_path / "out" / "report" / "scores.json").read_text(encoding="utf-8"))
     assert report["models"]["model"]["files"]["ASR"]["n"] == 2
     assert report["models"]["other"]["files"]["ASR"]["corrected"]["wer"] == 0
+    assert len(report["missing"]["model"]) == 43  # what the data lacks is missing, not forgotten
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["ASR_test.json"]
 
 
@@ -140,3 +154,154 @@ def test_a_missing_recording_stops_the_run_and_is_named(checkpoint, tmp_path, ca
     assert "AudioError" in told
     assert "gone.wav" in told
     assert "q7" in told
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """Two questions of the mini corpus' ASR, in LLaSO-Eval's layout."""
+    questions = json.loads((MINI / "eval.json").read_text(encoding="utf-8"))
+    asr = [q for q in questions if q["metadata"]["task"] == "ASR"][:2]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ASR_test.json").write_text(json.dumps(asr), encoding="utf-8")
+    return tmp_path
+
+
+def ask(checkpoint, folder: Path, *arguments: str) -> int:  # noqa: F811
+    where = [
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        str(folder / "data"),
+        "-o",
+        str(folder / "out"),
+    ]
+    where += ["--audio-root", str(MINI), "--name", "tiny", "--max-new-tokens", "2"]
+    return main(["run", *where, "--bootstrap", "0", *arguments])
+
+
+def test_a_mistyped_checkpoint_leaves_nothing_that_stops_the_corrected_command(
+    checkpoint,  # noqa: F811
+    small,
+    capsys,
+):
+    assert ask(small / "mistyped", small) == 1
+    assert "CheckpointError" in capsys.readouterr().err
+    assert ask(checkpoint, small) == 0
+    capsys.readouterr()
+    assert ask(checkpoint, small) == 0
+
+
+def test_answers_of_another_checkpoint_or_other_questions_at_the_same_path_are_not_reused(
+    checkpoint,  # noqa: F811
+    small,
+    capsys,
+):
+    copy = small / "model"
+    shutil.copytree(checkpoint, copy)
+    assert ask(copy, small) == 0
+    config = next(copy.rglob("config.json"))
+    status = config.stat()
+    os.utime(config, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert ask(copy, small) == 1
+    assert "checkpoint_files was" in " ".join(capsys.readouterr().err.split())
+    os.utime(config, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert ask(copy, small) == 0
+
+    file = small / "data" / "ASR_test.json"
+    questions = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(questions[::-1]), encoding="utf-8")
+    capsys.readouterr()
+    assert ask(copy, small) == 1
+    assert "ASR_test.json was" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_finished_file_with_another_number_of_answers_is_refused(checkpoint, small, capsys):  # noqa: F811
+    assert ask(checkpoint, small, "--limit", "1") == 0
+    page = (small / "out" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "the first 1 of each file" in page
+    scores = json.loads((small / "out" / "report" / "scores.json").read_text(encoding="utf-8"))
+    assert scores["limit"] == 1
+    path = small / "out" / "predictions" / "tiny" / "ASR_test.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) * 2), encoding="utf-8")
+    assert ask(checkpoint, small, "--limit", "1") == 1
+    assert "holds 2 answers to 1 questions" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    journal = Journal(tmp_path, "ASR")
+    journal.add(0, {"answer": "half \ud83d"})
+    assert journal.answered() == {0: {"answer": "half \ud83d"}}
+    with (tmp_path / "partial" / "ASR.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{}\n")
+    with pytest.raises(MalformedFileError, match=r"no answer that was kept.*line 2 of"):
+        journal.answered()
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(small, capsys):
+    for flags, told in (
+        (["--judge", "openai"], "needs --model"),
+        (["--beside", str(small / "nowhere")], "is no folder"),
+        (["--beside", str(write_model(small / "tiny"))], "called tiny too"),
+        (["--trained-on", str(small / "nowhere")], "does not say what models were trained on"),
+        (["--name", "../x"], "Give another --name"),
+        (["--noise-files", str(small / "nowhere")], "is not there"),
+        (["--noise-files", str(small / "data")], "holds no recording"),
+    ):
+        assert ask(small / "no-model", small, *flags) == 1
+        assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_declared_model_may_be_trained_on_tasks_that_are_not_scored(tmp_path, capsys):
+    model = write_model(tmp_path / "m")
+    trained = tmp_path / "trained.yaml"
+    trained.write_text("m: {tasks: [ASR, SGC]}\nother: {tasks: [PR]}\n", encoding="utf-8")
+    arguments = ["score", str(model), "-o", str(tmp_path / "out"), "--bootstrap", "0"]
+    assert main([*arguments, "--trained-on", str(trained), "--tasks", "ASR"]) == 0
+    assert "models that are not scored: other" in " ".join(capsys.readouterr().err.split())
+
+
+# --- one file whose records name their task -------------------------------------------------------
+
+
+def question(task, metric="accuracy", **metadata) -> dict:
+    turns = [{"from": "human", "value": "a<audio>"}, {"from": "gpt", "value": "b"}]
+    metadata = {"task": task, "metric": metric, **metadata}
+    return {"voice": ["a.wav"], "conversations": turns, "metadata": metadata}
+
+
+@pytest.mark.parametrize(
+    ("records", "error", "told"),
+    [
+        ([], NoPredictionsError, "holds no question"),
+        ([question(["ASR"])], IncompleteRecordError, "metadata.task must name a task"),
+        ([question("../up")], IncompleteRecordError, "is no name of a file"),
+        ([question("A", labels=5)], IncompleteRecordError, "metadata.labels must be"),
+        ([question("A", "bleu")], IncompleteRecordError, "metadata.metric must be wer or accuracy"),
+        (
+            [question("A"), question("A", "wer")],
+            IncompleteRecordError,
+            "is 'wer', and was 'accuracy'",
+        ),
+    ],
+)
+def test_a_mistaken_question_is_told_in_words(tmp_path, records, error, told):
+    (tmp_path / "q.json").write_text(json.dumps(records), encoding="utf-8")
+    with pytest.raises(error, match=told):
+        load_questions(tmp_path / "q.json", index_dir=tmp_path / "index")
+
+
+def test_tasks_of_one_file_can_be_chosen_and_scored_as_a_task_list_says(tmp_path):
+    records = [question("A", labels=None), question("ST", "bleu")]
+    (tmp_path / "q.json").write_text(json.dumps(records), encoding="utf-8")
+    more = tmp_path / "more.yaml"
+    more.write_text("- {name: ST, metric: BLEU, language: de, files: [q_ST]}", encoding="utf-8")
+    read = {"index_dir": tmp_path / "index", "further": [more]}
+    files = load_questions(tmp_path / "q.json", **read)
+    assert [(f.spec.file, f.spec.metric) for f in files] == [("q_A", "ACC"), ("q_ST", "BLEU")]
+    with pytest.raises(TaskListError, match="no task or file 'SS'"):
+        load_questions(tmp_path / "q.json", only=["SS"], **read)
+
+    write_task_list(tmp_path, files[1:])
+    write_task_list(tmp_path, files[:1])  # of another run, with other --tasks
+    assert sorted(s.file for s in read_task_list(tmp_path / "tasks.yaml")) == ["q_A", "q_ST"]
+    assert set(read_task_list(tmp_path / "tasks.yaml")) == {file.spec for file in files}

@@ -154,7 +154,50 @@ def test_further_tasks_come_from_a_yaml_entry(tmp_path):
     aggregates = scores["models"]["m"]["aggregates"]["corrected"]
     assert aggregates["tasks"]["ZH"] == 3 / 4
     assert aggregates["macro_task"] == 1  # LLaSO-Eval's tasks only
+    assert files["mood"]["abstention"] == 0
+    assert scores["models"]["m"]["aggregates"]["abstention_mean"] is None
+    assert scores["normalizers"]["m"]["story"] == "sacrebleu 13a"
     assert scores["task_map"]["mood"]["ended"] == "closed"
+
+
+def test_further_files_are_in_no_mean_of_llaso_eval_whatever_their_task_is_called(tmp_path):
+    files = {"ASR": [("a b", "a b")], "dolly_input_1": [("a", "b")] * 3}
+    model = write_model(tmp_path / "m", {**files, "other": [("a b", "c d")], "asked": [("a", "a")]})
+    (tmp_path / "more.yaml").write_text(
+        "- {name: ASR, metric: WER/CER, category: linguistic, files: [other]}\n"
+        "- {name: AQA, metric: EM, files: [asked]}\n",
+        encoding="utf-8",
+    )
+    without = scored(model, "--bootstrap", "0")
+    with_them = scored(model, "--task-list", str(tmp_path / "more.yaml"), "--bootstrap", "0")
+    assert with_them["models"]["m"]["aggregates"] == without["models"]["m"]["aggregates"]
+    assert with_them["models"]["m"]["files"]["other"]["corrected"]["wer"] == 1
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path, capsys):
+    model = write_model(tmp_path / "m")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (model / "ASR_test.json").write_text("no JSON", encoding="utf-8")
+    for command in (["score", str(model)], ["compare", str(model), str(model)]):
+        assert main([*command, "-o", str(tmp_path / "file")]) == 1
+        assert "ConfigError" in capsys.readouterr().err
+    assert main(["paper", str(model), "-o", str(tmp_path)]) == 1
+    assert "ConfigError" in capsys.readouterr().err
+
+
+def test_means_say_of_how_many_tasks_they_are(folder, capsys):
+    scored(folder, "--bootstrap", "0")
+    assert "5 of 20" in capsys.readouterr().out
+    page = report(folder, "report.html").read_text(encoding="utf-8")
+    assert page.count("5 of 20") == 2  # both protocols
+    assert "20 tasks" not in page
+
+
+@pytest.mark.parametrize("flags", [["--judge-rate", "-5"], ["--judge-timeout", "nan"]])
+def test_numbers_that_cannot_be_are_refused(folder, flags, capsys):
+    with pytest.raises(SystemExit):
+        main(["score", str(folder), "-o", "nowhere", *flags])
+    assert "is no number" in capsys.readouterr().err
 
 
 def test_a_bad_file_ends_with_code_1_and_names_the_record(tmp_path, capsys):
@@ -169,14 +212,24 @@ def test_a_bad_file_ends_with_code_1_and_names_the_record(tmp_path, capsys):
 # --- the bootstrap --------------------------------------------------------------------------------
 
 
+def drawn(file: str, bootstrap: Bootstrap) -> np.ndarray:
+    return np.concatenate([*bootstrap.weights(file, 20)])
+
+
 def test_draws_depend_on_file_seed_and_items_only():
     bootstrap = Bootstrap(samples=50, seed=3)
-    weights = bootstrap.weights("ASR", 20)
+    weights = drawn("ASR", bootstrap)
     assert weights.shape == (50, 20)
     assert (weights.sum(-1) == 20).all()
-    np.testing.assert_array_equal(weights, bootstrap.weights("ASR", 20))
-    assert (weights != bootstrap.weights("PR", 20)).any()
-    assert (weights != Bootstrap(samples=50, seed=4).weights("ASR", 20)).any()
+    np.testing.assert_array_equal(weights, drawn("ASR", bootstrap))
+    assert (weights != drawn("PR", bootstrap)).any()
+    assert (weights != drawn("ASR", Bootstrap(samples=50, seed=4))).any()
+
+
+def test_draws_are_the_same_in_blocks_of_any_size(monkeypatch):
+    whole = drawn("ASR", Bootstrap(samples=50))
+    monkeypatch.setattr("llaso_jax.evaluation.bootstrap.BLOCK", 140)  # seven draws
+    np.testing.assert_array_equal(drawn("ASR", Bootstrap(samples=50)), whole)
 
 
 def test_an_interval_has_the_width_of_the_binomial():

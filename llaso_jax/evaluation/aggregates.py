@@ -20,22 +20,25 @@ def aggregate(tasks: TaskFiles, units: Mapping[str, Any]) -> dict[str, Any]:
       units: `unit_score` of each file that has one: numbers, or arrays of bootstrap draws.
 
     Returns:
-      tasks: mean over the files of each; linguistic, semantic, speaker, content, paralinguistic: mean over
+      tasks: mean over LLaSO-Eval's files of each, and over further files of a task without any of these; the
+      rest is of LLaSO-Eval's files only. linguistic, semantic, speaker, content, paralinguistic: mean over
       their tasks; macro_task: over all tasks; macro_cat3, macro_cat4: over categories, None unless each of
-      them has a score; modality: mean over files of tasks of each; modality_AQA_gpt, AQA_gpt_micro: judge's scores of
+      them has a score; modality: mean over files of each; modality_AQA_gpt, AQA_gpt_micro: judge's scores of
       question answering. Other means skip what is missing.
     """
-    by_task = {
-        task: _mean(units[f] for f, spec in tasks.items() if spec.task == task and f in units)
-        for task in dict.fromkeys(spec.task for spec in tasks.values())
+    units_of_ours = {f: unit for f, unit in units.items() if not tasks[f].further}
+    ours, all_tasks = _by_task(tasks, units_of_ours), _by_task(tasks, units)
+    by_task = {task: ours.get(task, score) for task, score in all_tasks.items()}
+    categories = {spec.task: spec.category for spec in tasks.values() if not spec.further}
+
+    def of(*chosen: str) -> Any:
+        return mean_of_present(score for task, score in ours.items() if categories[task] in chosen)
+
+    aqa = {
+        f: HIGHEST * unit
+        for f, unit in units_of_ours.items()
+        if tasks[f].task == "AQA" and tasks[f].metric == "GPT"
     }
-    by_task = {task: score for task, score in by_task.items() if score is not None}
-    ours = {spec.task: spec.category for spec in tasks.values() if not spec.further}
-
-    def of(*categories: str) -> Any:
-        return _mean(s for task, s in by_task.items() if ours.get(task) in categories)
-
-    aqa = {f: HIGHEST * u for f, u in units.items() if tasks[f].task == "AQA"}
     four = {
         "linguistic": of("linguistic"),
         "semantic": of("semantic"),
@@ -48,27 +51,37 @@ def aggregate(tasks: TaskFiles, units: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": by_task,
         **four,
         "paralinguistic": paralinguistic,
-        "macro_task": _mean(s for task, s in by_task.items() if task in ours),
+        "macro_task": mean_of_present(ours.values()),
         "macro_cat3": _mean_of_all(three),
         "macro_cat4": _mean_of_all(four.values()),
-        "modality": {m: _mean(_of_modality(tasks, units, m)) for m in MODALITIES},
-        "modality_AQA_gpt": {m: _mean(_of_modality(tasks, aqa, m)) for m in MODALITIES},
-        "AQA_gpt_micro": _mean(aqa.values()),
-        "macro_15_common_tasks": _mean(
-            s for task, s in by_task.items() if task in ours and task not in NOT_COMMON
+        "modality": {m: mean_of_present(_of_modality(tasks, units_of_ours, m)) for m in MODALITIES},
+        "modality_AQA_gpt": {m: mean_of_present(_of_modality(tasks, aqa, m)) for m in MODALITIES},
+        "AQA_gpt_micro": mean_of_present(aqa.values()),
+        "macro_15_common_tasks": mean_of_present(
+            score for task, score in ours.items() if task not in NOT_COMMON
         ),
     }
 
 
+def _by_task(tasks: TaskFiles, units: Mapping[str, Any]) -> dict[str, Any]:
+    """Means over the files of each task that has a score, in the order of the task list."""
+    scores: dict[str, list[Any]] = {}
+    for file, spec in tasks.items():
+        if file in units:
+            scores.setdefault(spec.task, []).append(units[file])
+    return {task: mean_of_present(of) for task, of in scores.items()}
+
+
 def _of_modality(tasks: TaskFiles, units: Mapping[str, Any], modality: str) -> Iterable[Any]:
-    return [u for f, u in units.items() if tasks[f].modality == modality and not tasks[f].further]
+    return [unit for file, unit in units.items() if tasks[file].modality == modality]
 
 
-def _mean(scores: Iterable[Any]) -> Any:
-    scores = list(scores)
-    return sum(scores) / len(scores) if scores else None
+def mean_of_present(scores: Iterable[Any]) -> Any:
+    """The mean of numbers, or of arrays of draws, that are there; None of none."""
+    present = [score for score in scores if score is not None]
+    return sum(present) / len(present) if present else None
 
 
 def _mean_of_all(scores: Iterable[Any]) -> Any:
     scores = list(scores)
-    return None if any(score is None for score in scores) else _mean(scores)
+    return None if any(score is None for score in scores) else mean_of_present(scores)

@@ -1,12 +1,14 @@
 """How sure a score is: items are drawn again with replacement, and the score computed of each draw."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from llaso_jax.evaluation.metrics.statistic import Statistic
+
+BLOCK = 1 << 21  # draws times items counted together: 16 MB an array
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,23 @@ class Bootstrap:
     seed: int = 0
     confidence: float = 0.95
 
-    def weights(self, file: str, items: int) -> np.ndarray:
-        """f64[samples, items]: how often each draw holds each item."""
+    def weights(self, file: str, items: int) -> Iterator[np.ndarray]:
+        """f64[draws, items]: how often each draw holds each item; a block of draws at a time."""
         rng = np.random.default_rng([self.seed, zlib.crc32(file.encode())])
-        drawn = rng.integers(items, size=(self.samples, items))
-        drawn += np.arange(self.samples)[:, None] * items
-        counts = np.bincount(drawn.ravel(), minlength=self.samples * items)
-        return counts.reshape(self.samples, items).astype(np.float64)
+        most = max(1, BLOCK // items)
+        for start in range(0, self.samples, most):
+            draws = min(most, self.samples - start)
+            drawn = rng.integers(items, size=(draws, items))
+            drawn += np.arange(draws)[:, None] * items
+            counts = np.bincount(drawn.ravel(), minlength=draws * items)
+            yield counts.reshape(draws, items).astype(np.float64)
 
     def draws(self, file: str, statistics: Mapping[str, Statistic]) -> dict[str, np.ndarray]:
         """f64[samples] of every statistic of one file's items, all of the same draws."""
         if not statistics or not self.samples:
             return {}
         columns = np.concatenate([s.items for s in statistics.values()], axis=1)
-        sums = self.weights(file, len(columns)) @ columns
+        sums = np.concatenate([block @ columns for block in self.weights(file, len(columns))])
         draws, start = {}, 0
         for name, statistic in statistics.items():
             width = statistic.items.shape[1]

@@ -2,24 +2,26 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from llaso_jax.errors import ConfigError
 from llaso_jax.evaluation.answering.questions import tasks_of
 from llaso_jax.evaluation.bootstrap import Bootstrap
 from llaso_jax.evaluation.comparison import Comparison
 from llaso_jax.evaluation.comparison import compare as compare_models
-from llaso_jax.evaluation.coverage import load_training, seen_and_unseen
+from llaso_jax.evaluation.coverage import Training, load_training, seen_and_unseen
 from llaso_jax.evaluation.errors import JudgeError, NoPredictionsError
 from llaso_jax.evaluation.judge.local import LocalJudge, agreement_line
 from llaso_jax.evaluation.judge.openai_judge import OpenAIJudge, default_cache
 from llaso_jax.evaluation.judge.replay import ReplayJudge
 from llaso_jax.evaluation.paper import check_paper
 from llaso_jax.evaluation.predictions import ModelFolder, find_models
+from llaso_jax.evaluation.progress import progress_bar
 from llaso_jax.evaluation.report.comparison_page import write_comparison
 from llaso_jax.evaluation.report.page import judge_line, write_page
 from llaso_jax.evaluation.robustness import robustness_tree
@@ -45,26 +47,45 @@ _PROTOCOLS: dict[str, tuple[Protocol, ...]] = {
 def score(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate score`."""
     tasks = load_tasks(args.task_list, only=args.tasks)
-    return _score(args, args.predictions, tasks, args.output, console, {})
+    models = find_models(args.predictions, list(tasks))
+    judge = make_judge(args)
+    training = load_training(args.trained_on, load_tasks(args.task_list)) if args.trained_on else {}
+    output = writable_folder(args.output)
+    return _score(args, models, tasks, output, console, judge, training)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate run`."""
-    from llaso_jax.evaluation.answering.commands import answer_benchmark  # loads JAX
+    from llaso_jax.evaluation.answering.commands import answer_benchmark, plan  # loads JAX
 
+    # What can be wrong with the arguments is found before hours of answering.
     args.audio_root = args.audio_root or (args.data if args.data.is_dir() else args.data.parent)
-    folder, perturbed, files = answer_benchmark(args, console)
-    tasks = tasks_of(files)
+    judge = make_judge(args)
+    output = writable_folder(args.output / "report")
+    planned = plan(args)
+    answered = tasks_of(planned.files)
+    tasks = load_tasks(args.task_list, only=args.tasks) if args.data.is_dir() else answered
+    known = load_tasks(args.task_list) | tasks
+    training = load_training(args.trained_on, known) if args.trained_on else {}
+    beside = find_models(args.beside, list(tasks))
+    if planned.folder.name in [model.name for model in beside]:
+        raise ConfigError(
+            f"--beside holds a model called {planned.folder.name} too. Give this one another --name."
+        )
+    answer_benchmark(args, planned, console)
     compared = {
-        name: _compare_perturbed(args, folder, variant, tasks)
-        for name, variant in perturbed.items()
+        name: _compare_perturbed(args, planned.folder, variant, answered, judge)
+        for name, variant in planned.perturbed.items()
     }
-    output = args.output / "report"
-    return _score(args, [folder, *args.beside], tasks, output, console, robustness_tree(compared))
+    robustness = robustness_tree(compared, answered, asked=list(planned.perturbers))
+    models = [*find_models([planned.folder], list(tasks)), *beside]
+    return _score(
+        args, models, tasks, output, console, judge, training, robustness, limit=args.limit
+    )
 
 
 def _compare_perturbed(
-    args: argparse.Namespace, clean: Path, perturbed: Path, tasks: TaskFiles
+    args: argparse.Namespace, clean: Path, perturbed: Path, tasks: TaskFiles, judge: Judge | None
 ) -> Comparison:
     """Clean and perturbed answers to the files that were asked perturbed."""
     (variant,) = find_models([perturbed], list(tasks))
@@ -75,35 +96,35 @@ def _compare_perturbed(
         bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
         examples=0,
     )
-    return compare_models(base, variant, asked, make_judge(args), settings)
+    return compare_models(base, variant, asked, judge, settings)
 
 
 def _score(
     args: argparse.Namespace,
-    folders: Sequence[Path],
+    models: Sequence[ModelFolder],
     tasks: TaskFiles,
     output: Path,
     console: Console,
-    robustness: dict[str, Any],
+    judge: Judge | None,
+    training: Mapping[str, Training],
+    robustness: Mapping[str, Any] | None = None,
+    limit: int | None = None,
 ) -> int:
-    models = find_models(folders, list(tasks))
     settings = Settings(
         protocols=_PROTOCOLS[args.protocol],
         bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
         examples=args.examples,
     )
-    judge = make_judge(args)
     scored = score_models(models, tasks, judge, settings, console)
-    training = load_training(args.trained_on, tasks) if args.trained_on else {}
     described = describe_judge(judge)
     coverage = seen_and_unseen(scored, tasks, training, settings.protocols[-1])
-    output.mkdir(parents=True, exist_ok=True)
     tree = scores_tree(scored, tasks, settings, described) | {
         "coverage": coverage,
-        "robustness": robustness,
+        "robustness": robustness or {},
+        "limit": limit,
     }
     write_json(output / SCORES_FILE, tree)
-    write_tables(output, scored, tasks, settings)
+    write_tables(output, scored, tasks, settings, judge=judge_line(described))
     write_page(
         output,
         scored,
@@ -111,23 +132,45 @@ def _score(
         settings,
         judge=described,
         coverage=coverage,
-        robustness=robustness,
+        robustness=robustness or {},
         audio_root=args.audio_root,
+        limit=limit,
     )
-    for model in scored:
-        for note in model.notes:
-            console.print(f"{model.name}: {note}", style="yellow", markup=False)
-        if model.missing:
-            console.print(
-                f"{model.name}: {len(model.missing)} of {len(tasks)} files are missing: "
-                f"{', '.join(model.missing)}",
-                style="yellow",
-                markup=False,
-            )
-    Console(soft_wrap=True).print(summary_table(scored, settings))
+    _tell(console, [f"{model.name}: {note}" for model in scored for note in model.notes])
+    _tell(console, [_missing(model, tasks) for model in scored if model.missing])
+    if unscored := [name for name in training if name not in coverage]:
+        _tell(
+            console, [f"{args.trained_on} names models that are not scored: {', '.join(unscored)}"]
+        )
+    Console(soft_wrap=True).print(summary_table(scored, tasks, settings))
     console.print(f"judge of free answers: {judge_line(described)}", markup=False)
     console.print(f"written to {output}", markup=False)
     return 0
+
+
+def _missing(model: ModelScores, tasks: TaskFiles) -> str:
+    told = f"{len(model.missing)} of {len(tasks)} files are missing"
+    return f"{model.name}: {told}: {', '.join(model.missing)}"
+
+
+def _tell(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, style="yellow", markup=False)
+
+
+def writable_folder(folder: Path) -> Path:
+    """The same folder, made if it is not there.
+
+    Raises:
+      ConfigError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be a folder: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output {folder} cannot be written to.")
+    return folder
 
 
 def make_judge(args: argparse.Namespace) -> Judge | None:
@@ -166,7 +209,7 @@ def score_models(
     console: Console,
 ) -> list[ModelScores]:
     """Score models one after the other, with a progress bar."""
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("scoring", total=sum(len(model.files) for model in models))
 
         def scored(model: ModelFolder) -> ModelScores:
@@ -178,17 +221,6 @@ def score_models(
         return [scored(model) for model in models]
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 def compare(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate compare`."""
     tasks = load_tasks(args.task_list, only=args.tasks)
@@ -198,14 +230,16 @@ def compare(args: argparse.Namespace, console: Console) -> int:
             f"compare takes two models, and {args.a} and {args.b} hold {len(pair)}: "
             f"{', '.join(model.name for model in pair)}. Name one model's folder each."
         )
+    pair = distinct_names(pair)
     settings = Settings(
         protocols=_PROTOCOLS[args.protocol],
         bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
         examples=args.examples,
     )
     judge = make_judge(args)
+    output = writable_folder(args.output) if args.output else None
     described = describe_judge(judge)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("comparing", total=len(pair[0].files))
         result = compare_models(
             pair[0],
@@ -218,27 +252,49 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     shown = Console(soft_wrap=True)
     shown.print(comparison_table(result))
     console.print(f"judge of free answers: {judge_line(described)}", markup=False)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
+    _tell(console, result.notes)
+    if output:
         tree = dataclasses.asdict(result) | {"judge": described}
-        write_json(args.output / "comparison.json", tree)
-        write_comparison(args.output, result, judge=judge_line(described))
-        console.print(f"written to {args.output}", markup=False)
+        write_json(output / "comparison.json", tree)
+        write_comparison(output, result, judge=judge_line(described))
+        console.print(f"written to {output}", markup=False)
     else:
         for line in pair_lines(result):
             shown.print(line, markup=False)
     return 0
 
 
+def distinct_names(models: Sequence[ModelFolder]) -> list[ModelFolder]:
+    """Models of one name, told apart by as few of the folders above them as that takes."""
+    paths = [model.path.resolve() for model in models]
+    longest = max(len(path.parts) for path in paths)
+    depth = next(
+        depth
+        for depth in range(1, longest + 1)
+        if len({path.parts[-depth:] for path in paths}) == len(set(paths))
+    )
+    names = ["/".join(path.parts[-depth:]) for path in paths]
+    pairs = zip(models, names, strict=True)
+    return [dataclasses.replace(model, name=name) for model, name in pairs]
+
+
 def paper(args: argparse.Namespace, console: Console) -> int:
     """`llaso evaluate paper`."""
     tasks = load_tasks()
+    if args.output and args.output.is_dir():
+        raise ConfigError(f"--output {args.output} is a folder, and a file is needed.")
+    if args.output:
+        writable_folder(args.output.parent)
     settings = Settings(protocols=("paper",), bootstrap=Bootstrap(samples=0), examples=0)
     models = find_models([args.predictions], list(tasks))
-    checks = check_paper(score_models(models, tasks, ReplayJudge(), settings, console), tasks)
+    scored = score_models(models, tasks, ReplayJudge(), settings, console)
+    checks = check_paper(scored, tasks)
+    notes = [f"{model.name}: {note}" for model in scored for note in model.notes]
     Console(soft_wrap=True).print(paper_table(checks))
+    _tell(console, notes)
     if args.output:
-        write_json(args.output, [dataclasses.asdict(check) for check in checks])
+        tree = {"checks": [dataclasses.asdict(check) for check in checks], "notes": notes}
+        write_json(args.output, tree)
     return 0
 
 

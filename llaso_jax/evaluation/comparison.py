@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,7 +78,11 @@ class FileComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models; differences of files in their metric, of tasks and categories on 0..1."""
+    """Two models; differences of files in their metric, of tasks and categories on 0..1.
+
+    left_out: files without a score of both models, with the reason; they are in no mean of either.
+    notes: what was repaired, is missing or does not belong, by model.
+    """
 
     a: str
     b: str
@@ -86,6 +90,8 @@ class Comparison:
     files: dict[str, FileComparison]
     tasks: list[Difference]
     overall: list[Difference]
+    left_out: dict[str, str]
+    notes: list[str]
 
 
 def compare(
@@ -106,18 +112,28 @@ def compare(
     _check_files(a, b)
     (protocol,) = settings.protocols
     files: dict[str, FileComparison] = {}
+    left_out: dict[str, str] = {}
+    notes = [f"{model.name}: {note}" for model in (a, b) for note in model.notes]
     points: tuple[dict, dict] = ({}, {})
     draws: tuple[dict, dict] = ({}, {})
     for file in a.files:
         spec = tasks[file]
         sides, reworded = _scored(a, b, spec, judge, settings)
-        drawn = [settings.bootstrap.draws(file, score.statistics) for _, score in sides]
-        for side, (_, score) in enumerate(sides):
-            if (unit := unit_score(spec, protocol, score.values())) is not None:
-                points[side][file] = unit
-                draws[side][file] = unit_score(spec, protocol, drawn[side])
-        if (compared := _compared(spec, sides, drawn, reworded, settings)) is not None:
-            files[file] = compared
+        notes += [
+            f"{m.name}: {note}"
+            for m, side in zip((a, b), sides, strict=True)
+            for note in side.notes
+        ]
+        units = [unit_score(spec, protocol, side.score.values()) for side in sides]
+        if without := [m.name for m, u in zip((a, b), units, strict=True) if u is None]:
+            why = "judge's score" if spec.metric == "GPT" else f"score of {spec.metric}"
+            left_out[file] = f"no {why} of {' and '.join(dict.fromkeys(without))}"
+        else:
+            drawn = [settings.bootstrap.draws(file, side.score.statistics) for side in sides]
+            for number, unit in enumerate(units):
+                points[number][file] = unit
+                draws[number][file] = unit_score(spec, protocol, drawn[number])
+            files[file] = _compared(spec, sides, drawn, reworded, settings)
         advance(file)
     both = [aggregate(tasks, units) for units in points]
     sampled = [aggregate(tasks, units) for units in draws] if settings.bootstrap.samples else None
@@ -139,10 +155,17 @@ def compare(
         files,
         [difference(task, lambda tree, t=task: tree["tasks"][t]) for task in shared],
         [difference(name, lambda tree, n=name: tree[n]) for name in names],
+        left_out,
+        notes,
     )
 
 
-Side = tuple[Predictions, FileScore]
+class Side(NamedTuple):
+    """One model's file, its score, and what is to be told about both."""
+
+    read: Predictions
+    score: FileScore
+    notes: tuple[str, ...]
 
 
 def _scored(
@@ -154,10 +177,12 @@ def _scored(
 
     def side(folder: ModelFolder, read: Predictions, order: Sequence[int]) -> Side:
         judgements = judge(folder, spec, read) if judge and judged(spec) else None
+        notes = (*read.notes, *(judgements.notes if judgements else ()))
         read = replace(read, items=tuple(read.items[i] for i in order))
         if judgements is not None:
             judgements = _reordered(judgements, order)
-        return read, score_file(spec, read, judgements, protocols=settings.protocols)
+        score = score_file(spec, read, judgements, protocols=settings.protocols)
+        return Side(read, score, notes)
 
     return (side(a, first, range(len(first.items))), side(b, second, order)), reworded
 
@@ -234,16 +259,15 @@ def _compared(
     drawn: list[dict[str, Any]],
     reworded: int,
     settings: Settings,
-) -> FileComparison | None:
+) -> FileComparison:
+    """A file that both models have a score of."""
     (protocol,) = settings.protocols
-    place = main_score(spec, protocol, sides[0][1].statistics)
-    if any(place not in score.statistics for _, score in sides):
-        return None
+    place = main_score(spec, protocol, sides[0].score.statistics)
     sign = -1 if spec.metric in LOWER_IS_BETTER else 1
-    values = [score.statistics[place].value() for _, score in sides]
+    values = [side.score.statistics[place].value() for side in sides]
     pair = (drawn[0][place], drawn[1][place]) if drawn[0] and drawn[1] else None
     difference = _difference(spec.file, place, values, pair, settings.bootstrap, sign=sign)
-    a, b = (item_scores(spec, score, protocol) for _, score in sides)
+    a, b = (item_scores(spec, side.score, protocol) for side in sides)
     assert a is not None, "the score is there"
     assert b is not None, "the score is there"
     gain = np.nan_to_num(b - a)
@@ -262,7 +286,7 @@ def _compared(
 def _pair(
     file: str, number: int, sides: tuple[Side, Side], a: np.ndarray, b: np.ndarray
 ) -> ItemPair:
-    item, other = (predictions.items[number] for predictions, _ in sides)
+    item, other = (side.read.items[number] for side in sides)
     return ItemPair(
         file,
         number,
@@ -291,6 +315,7 @@ def _difference(
         return Difference(name, score, a, b, None, None, None, "")
     low, high = bounds
     gain = sign * (drawn[1] - drawn[0])
+    gain = gain[np.isfinite(gain)]  # a draw may leave out every item that a score is defined on
     rarer = 1 + min((gain <= 0).sum(), (gain >= 0).sum())  # the sample itself is one of them
     p_value = min(1.0, 2 * float(rarer) / (1 + len(gain)))
     better = ""

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import yaml
 
+from llaso_jax.evaluation.aggregates import mean_of_present
 from llaso_jax.evaluation.errors import TaskListError
+from llaso_jax.evaluation.metrics.languages import language_code
 from llaso_jax.evaluation.scoring import ModelScores
 from llaso_jax.evaluation.tasks import TaskFiles
 from llaso_jax.evaluation.unit_score import Protocol
@@ -19,7 +21,7 @@ class Training(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     tasks: tuple[str, ...]
-    languages: tuple[str, ...] = ("en",)
+    languages: tuple[Annotated[str, pydantic.AfterValidator(language_code)], ...] = ("en",)
 
 
 def load_training(path: Path, tasks: TaskFiles) -> dict[str, Training]:
@@ -75,15 +77,10 @@ def seen_and_unseen(
             "groups": {
                 group: {
                     "files": len(files),
-                    "score": _mean([model.units[protocol].get(f) for f in files]),
-                    "abstention": _mean([model.entries[f]["abstention"] for f in files]),
+                    "score": mean_of_present(model.units[protocol].get(f) for f in files),
+                    "abstention": mean_of_present(model.entries[f]["abstention"] for f in files),
                 }
                 for group, files in groups.items()
             },
         }
     return table
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None

@@ -12,10 +12,10 @@ from llaso_jax.evaluation.metrics.classification import balanced_accuracy, confu
 from llaso_jax.evaluation.metrics.entities import slot_micro_f1
 from llaso_jax.evaluation.metrics.error_rate import characters, error_rate, swapped, words
 from llaso_jax.evaluation.metrics.exact_match import exact_match
-from llaso_jax.evaluation.metrics.overlap import rouge_l, sacrebleu_score
+from llaso_jax.evaluation.metrics.languages import UNSPACED
+from llaso_jax.evaluation.metrics.overlap import bleu_tokenizer, rouge_l, sacrebleu_score
 from llaso_jax.evaluation.metrics.statistic import Statistic, mean
 from llaso_jax.evaluation.metrics.text import (
-    UNSPACED,
     Normalizer,
     lower_without_punctuation,
     normalizer_of,
@@ -85,6 +85,7 @@ def score_file(
         _SCORERS[spec.metric](score, spec, predictions, protocols)
     elif spec.metric != "GPT" and "corrected" in protocols:
         score.put("corrected", _further(spec, predictions))
+        score.normalizer = _further_normalizer(spec)
     if judgements is not None or spec.metric == "GPT":
         _judged(score, spec, judgements, protocols)
     if spec.companion is not None:
@@ -136,7 +137,7 @@ def _phonemes(score: FileScore, spec: TaskFile, p: Predictions, protocols: Proto
 
 
 def _accuracy(score: FileScore, spec: TaskFile, p: Predictions, protocols: Protocols) -> None:
-    score.put("abstention", labels.abstention(p.references, p.answers))
+    score.put("abstention", labels.abstention(p.references, p.answers, spec.labels))
     if "paper" in protocols:
         score.put("paper", labels.substring_accuracy(p.references, p.answers))
     if "corrected" not in protocols:
@@ -156,6 +157,7 @@ def _accuracy(score: FileScore, spec: TaskFile, p: Predictions, protocols: Proto
 
 
 def _macro_f1(score: FileScore, spec: TaskFile, p: Predictions, protocols: Protocols) -> None:
+    score.put("abstention", labels.abstention(p.references, p.answers, spec.labels))
     if "corrected" not in protocols:
         return
     known = labels.label_set(p.references, spec.labels)
@@ -199,10 +201,21 @@ def _further(spec: TaskFile, p: Predictions) -> Statistic:
             normalizer = normalizer_of(spec.language)
             return exact_match(p.references, p.answers, normalizer.apply)
         case "ROUGE-L":
-            return rouge_l(p.references, p.answers)
+            return rouge_l(p.references, p.answers, spec.language)
         case "BLEU" | "chrF" | "TER":
             return sacrebleu_score(spec.metric, p.references, p.answers, spec.language)
     raise AssertionError(f"{spec.metric} has no scorer")
+
+
+def _further_normalizer(spec: TaskFile) -> str | None:
+    """What is done to texts before an overlap is counted."""
+    if spec.metric == "BLEU":
+        return f"sacrebleu {bleu_tokenizer(spec.language)}"
+    if spec.metric == "ROUGE-L" and spec.language == "en":
+        return "rouge-score, stemmed"
+    if spec.metric in ("EM", "ROUGE-L") or (spec.metric == "TER" and spec.language in UNSPACED):
+        return normalizer_of(spec.language).name
+    return None
 
 
 def _judged(

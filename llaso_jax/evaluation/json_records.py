@@ -17,11 +17,13 @@ class Line(NamedTuple):
     number: of its first physical line, from 1 (in an array: its place, from 1).
     pieces: physical lines it was put together from; 0 if it could not be.
     value: the object; None if it could not be read.
+    mended: it held halves of surrogate pairs, which no UTF-8 file can hold: each is U+FFFD now.
     """
 
     number: int
     pieces: int
     value: dict[str, Any] | None
+    mended: bool = False
 
 
 class JsonFile(NamedTuple):
@@ -70,12 +72,36 @@ def _array(text: str, path: Path) -> list[Line]:
         raise MalformedFileError(
             f"malformed JSON array: {error.msg}", position=f"line {error.lineno} of {path}"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise MalformedFileError(f"{path} cannot be read as JSON: {error}") from error
     for number, value in enumerate(values):
         if not isinstance(value, dict):
             raise MalformedFileError(
                 f"{value!r:.60} is no JSON object", position=f"record {number} of {path}"
             )
-    return [Line(number + 1, 1, value) for number, value in enumerate(values)]
+    return [_line(number + 1, 1, value, path) for number, value in enumerate(values)]
+
+
+def _line(number: int, pieces: int, value: Any, path: Path) -> Line:
+    try:
+        whole = without_halves(value)
+        return Line(number, pieces, whole, mended=whole != value)
+    except RecursionError as error:
+        position = f"line or record {number} of {path}"
+        raise MalformedFileError("values are nested too deep", position=position) from error
+
+
+def without_halves(value: Any) -> Any:
+    """A JSON value with U+FFFD for every half of a surrogate pair in its texts."""
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, dict):
+        return {without_halves(key): without_halves(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_halves(inner) for inner in value]
+    return value
 
 
 def _lines(text: str, path: Path) -> list[Line]:
@@ -90,7 +116,7 @@ def _lines(text: str, path: Path) -> list[Line]:
             raise MalformedFileError(
                 f"{value!r:.60} is no JSON object", position=f"line {start + 1} of {path}"
             )
-        lines.append(Line(start + 1, pieces, value))
+        lines.append(_line(start + 1, pieces, value, path))
         start += max(pieces, 1)
     return lines
 
@@ -113,5 +139,8 @@ def _whole(physical: list[str], start: int) -> tuple[Any, int]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (
+        RecursionError,
+        ValueError,
+    ):  # no JSON; nested too deep; a number of thousands of digits
         return None

@@ -59,14 +59,14 @@ def _check(entry: dict[str, Any], models: Mapping[str, ModelScores], tasks: Task
         means = scores.aggregates["paper"]
         ours = [means[key] for key in ("macro_task", "macro_cat3", "macro_cat4")]
         shown = ", ".join("-" if value is None else f"{value:.3f}" for value in ours)
-        beside = f"; our means over 20 tasks, 3 and 4 categories are {shown}"
+        beside = f"; our means over tasks, 3 and 4 categories are {shown}"
         return verdict(ours[0], "not reproducible", NO_AGGREGATION + beside)
     value = _at(entry, scores) if scores else _counted(entry["score"], models, tasks)
     if value is None:
         return verdict(None, "no predictions", f"{name} has no predictions of this task")
     found, reason = judge_value(value, quoted)
-    if found != "match":
-        reason = entry.get("reason", reason)
+    if found == entry.get("verdict"):  # the reason is of this verdict and of no other
+        reason = entry["reason"]
     return verdict(value, found, reason)
 
 

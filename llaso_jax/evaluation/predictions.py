@@ -6,7 +6,7 @@ Qwen2-Audio/abstention/instruction_follow_stats.jsonl    shares of abstentions
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,14 @@ from llaso_jax.evaluation.errors import (
     NoPredictionsError,
 )
 from llaso_jax.evaluation.json_records import Format, read_json_file
+from llaso_jax.evaluation.metrics.digits import MOST_DIGITS
 from llaso_jax.evaluation.metrics.judge_score import parse_score
 
 ANSWER_KEYS = ("answer", "result", "prediction")
 SUFFIX = "_test"
 JUDGE_FOLDER = "gpt_result"
+# Folders of a model that hold files with the endings of predictions and are no model.
+INSIDE_A_MODEL = frozenset({JUDGE_FOLDER, "abstention", "partial"})
 ABSTENTION_FILE = "abstention/instruction_follow_stats.jsonl"
 
 
@@ -101,6 +104,7 @@ class ModelFolder:
       files: by the benchmark's file name.
       missing: files of the benchmark that are not there.
       strangers: prediction files that no task names.
+      skipped: folders beside it, or in it, that were looked into and hold no predictions of its own.
     """
 
     name: str
@@ -108,10 +112,21 @@ class ModelFolder:
     files: dict[str, Path]
     missing: tuple[str, ...]
     strangers: tuple[str, ...]
+    skipped: tuple[Path, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is there and not scored."""
+        return [
+            *(f"{name}: no task names this file" for name in self.strangers),
+            *(f"the folder {folder} is not scored" for folder in self.skipped),
+        ]
 
 
 def find_models(folders: Iterable[Path], files: Sequence[str]) -> list[ModelFolder]:
     """The models in `folders`, each of which is a model's folder or holds several.
+
+    Other folders in there are noted with the first model.
 
     Raises:
       NoPredictionsError: nothing there. DuplicateRecordError: two models of one name.
@@ -123,15 +138,21 @@ def find_models(folders: Iterable[Path], files: Sequence[str]) -> list[ModelFold
                 f"{folder} is no folder: one with files such as ASR_test.json is needed, or one that "
                 "holds such folders."
             )
-        inner = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and _prediction_files(sub)]
-        found = [folder] if _prediction_files(folder) else inner
+        inner = [
+            sub
+            for sub in sorted(folder.iterdir())
+            if sub.is_dir() and sub.name not in INSIDE_A_MODEL
+        ]
+        alone = bool(_prediction_files(folder))
+        found = [folder] if alone else [sub for sub in inner if _prediction_files(sub)]
         if not found:
             raise NoPredictionsError(
                 f"{folder} holds no predictions: files named <file>{SUFFIX}.json or .jsonl, such as "
                 f"ASR{SUFFIX}.json, are needed in it or in folders of it."
             )
-        for path in found:
-            model = _model_folder(path, files)
+        for number, path in enumerate(found):
+            skipped = () if number else tuple(sub for sub in inner if sub not in found)
+            model = replace(_model_folder(path, files), skipped=skipped)
             if model.name in models:
                 raise DuplicateRecordError(
                     f"two models are called {model.name!r}: {models[model.name].path} and {path}. "
@@ -179,7 +200,7 @@ def read_predictions(path: Path) -> Predictions:
     if not content.lines:
         raise MalformedFileError(f"{path} holds no record.")
     seen: dict[tuple[str, str], int] = {}
-    items, notes, pred_key = [], [], ""
+    items, notes, pred_key, several = [], [], "", 0
     for number, line in enumerate(content.lines):
         position = f"record {number} (line {line.number}) of {path}"
         if content.format == "json":
@@ -188,10 +209,18 @@ def read_predictions(path: Path) -> Predictions:
             raise MalformedFileError("no JSON, not even with the lines after it", position=position)
         if line.pieces > 1:
             notes.append(f"{path.name}: record {number} was broken over {line.pieces} lines")
+        if line.mended:
+            notes.append(f"{path.name}: record {number} held half a character, read as U+FFFD")
         _check_unique(line.value, number, seen, position)
         key, item = _item(line.value, position)
         pred_key = pred_key or key
+        several += len({str(line.value[k]) for k in ANSWER_KEYS if k in line.value}) > 1
         items.append(item)
+    if several:
+        notes.append(
+            f"{path.name}: {several} records hold different texts under {', '.join(ANSWER_KEYS)}: the first of "
+            "these that is there is scored"
+        )
     return Predictions(path, content.format, pred_key, tuple(items), tuple(notes))
 
 
@@ -226,28 +255,41 @@ def _item(record: dict[str, Any], position: str) -> tuple[str, Item]:
             f"needed, and {given}. An empty answer is an empty text.",
             position=position,
         )
-    voices = record.get("voice") or ()
-    voices = (voices,) if isinstance(voices, str) else tuple(voices)
-    seconds = record.get("audio_seconds")
+    voices = record.get("voice") or []
+    voices = [voices] if isinstance(voices, str) else voices
+    if not isinstance(voices, list) or not all(isinstance(voice, str) for voice in voices):
+        raise IncompleteRecordError(
+            f"no audio: voice must be a path or a list of paths, and is {voices!r:.40}",
+            position=position,
+        )
     return keys[0], Item(
         reference=texts[1],
         answer=record[keys[0]],
         instruction=str(texts[0]),
-        voices=tuple(str(voice).replace("\\", "/") for voice in voices),
-        audio_seconds=float(seconds) if isinstance(seconds, int | float) else None,
+        voices=tuple(voice.replace("\\", "/") for voice in voices),
+        audio_seconds=_seconds(record.get("audio_seconds")),
     )
 
 
-def read_judgements(path: Path, items: int) -> Judgements:
+def _seconds(value: Any) -> float | None:
+    """A number that is one, and not a whole one past what f64 holds."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def read_judgements(path: Path, items: Sequence[Item]) -> Judgements:
     """Read a file of `gpt_result`: objects with the index of an item and the judge's evaluation.
+
+    An evaluation of another answer or reference than the item's is not used.
 
     Raises:
       MalformedFileError: not UTF-8, or lines that are no objects.
     """
-    scores: list[float | None] = [None] * items
-    written: list[float | None] = [None] * items
-    told = [""] * items
-    notes, broken = [], 0
+    scores: list[float | None] = [None] * len(items)
+    written: list[float | None] = [None] * len(items)
+    told = [""] * len(items)
+    notes, broken, others = [], 0, []
     for line in read_json_file(path).lines:
         if line.pieces != 1:
             broken += 1
@@ -256,22 +298,43 @@ def read_judgements(path: Path, items: int) -> Judgements:
         if line.value is None:
             continue
         index = line.value.get("index")
-        if not isinstance(index, int) or not 0 <= index < items:
-            notes.append(f"{path.name}: line {line.number} has index {index!r} of {items} items")
+        if not isinstance(index, int) or not 0 <= index < len(items):
+            notes.append(
+                f"{path.name}: line {line.number} has index {index!r:.20} of {len(items)} items"
+            )
             continue
         if told[index]:
             raise DuplicateRecordError(
                 f"index {index} is judged twice", position=f"line {line.number} of {path}"
             )
         told[index] = str(line.value.get("evaluation", ""))
+        if not _is_of(line.value, items[index]):
+            others.append(index)
+            continue
         scores[index] = parse_score(told[index])
         if line.pieces == 1:
             written[index] = scores[index]
         if scores[index] is None:
             notes.append(f"{path.name}: line {line.number} states no score")
     if absent := sum(not text for text in told):
-        notes.append(f"{path.name}: {absent} of {items} items are not judged")
+        notes.append(f"{path.name}: {absent} of {len(items)} items are not judged")
+    if others:
+        notes.append(
+            f"{path.name}: {len(others)} scores are of another answer or reference than the item's and are not "
+            f"used; the first is of item {others[0]}"
+        )
+        for index in others:
+            told[index] = ""
     return Judgements(tuple(scores), tuple(written), tuple(told), broken, tuple(notes))
+
+
+def _is_of(judgement: dict[str, Any], item: Item) -> bool:
+    """Whether what was judged, where it is told, is this answer to this item."""
+    judged = (
+        (judgement.get("predicted"), item.answer),
+        (judgement.get("reference"), item.reference),
+    )
+    return all(told is None or str(told).strip() == text.strip() for told, text in judged)
 
 
 def read_abstentions(folder: Path) -> dict[str, float]:

@@ -72,7 +72,8 @@ def write_json(path: Path, tree: Any) -> None:
     """Write beside and rename: a report that is stopped leaves no half file."""
     temporary = path.with_name(f"{path.name}.tmp")
     text = json.dumps(_finite(tree), ensure_ascii=False, indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    # What UTF-8 cannot hold, half a surrogate pair, is written as JSON escapes it.
+    temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
 

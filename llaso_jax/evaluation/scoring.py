@@ -114,7 +114,7 @@ def score_model(
       PredictionError: a file that cannot be read or scored.
     """
     scores = ModelScores(folder.name, missing=folder.missing, strangers=folder.strangers)
-    scores.notes += [f"{name}: no task names this file" for name in folder.strangers]
+    scores.notes += folder.notes
     shipped = read_abstentions(folder.path)
     draws: dict[str, dict[str, np.ndarray]] = {protocol: {} for protocol in settings.protocols}
     file_intervals: dict[str, Any] = {}
@@ -187,7 +187,6 @@ def _aggregate(
     for protocol in settings.protocols:
         scores.aggregates[protocol] = aggregate(tasks, scores.units[protocol])
     rates = {f: e["abstention"] for f, e in scores.entries.items() if e["abstention"] is not None}
-
     by_task: dict[str, list[float]] = {}
     for file, rate in rates.items():
         by_task.setdefault(tasks[file].task, []).append(rate)
@@ -196,9 +195,10 @@ def _aggregate(
     def mean(files: Sequence[str]) -> float | None:
         return float(np.mean([rates[f] for f in files])) if files else None
 
-    scores.aggregates["abstention_mean"] = mean(list(rates))
+    ours = [f for f in rates if not tasks[f].further]
+    scores.aggregates["abstention_mean"] = mean(ours)
     for name, category in (("speaker", SPEAKER), ("content", CONTENT)):
-        files = [f for f in rates if tasks[f].category == category]
+        files = [f for f in ours if tasks[f].category == category]
         scores.aggregates[f"abstention_{name}"] = mean(files)
     checked = [f for f in rates if f in shipped]
     differ = [f for f in checked if abs(rates[f] - shipped[f]) > ABSTENTION_ROUNDING]

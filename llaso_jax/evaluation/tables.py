@@ -11,8 +11,8 @@ from rich.text import Text
 from llaso_jax.evaluation.comparison import Comparison, Difference
 from llaso_jax.evaluation.paper import Check
 from llaso_jax.evaluation.scoring import ModelScores, Settings
-from llaso_jax.evaluation.tasks import TaskFiles
-from llaso_jax.evaluation.unit_score import Protocol
+from llaso_jax.evaluation.tasks import TaskFiles, benchmark_tasks
+from llaso_jax.evaluation.unit_score import PROTOCOLS, Protocol
 
 PROTOCOL_NAMES: dict[Protocol, str] = {"paper": "upstream", "corrected": "corrected"}
 OVERALL = {
@@ -21,10 +21,10 @@ OVERALL = {
     "speaker": "speaker",
     "content": "content",
     "paralinguistic": "paralinguistic",
-    "macro_task": "20 tasks",
+    "macro_task": "mean of tasks",
     "macro_cat3": "3 categories",
     "macro_cat4": "4 categories",
-    "macro_15_common_tasks": "15 tasks",
+    "macro_15_common_tasks": "common tasks",
 }
 
 
@@ -38,13 +38,24 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def write_tables(
-    folder: Path, scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settings
+    folder: Path,
+    scored: Sequence[ModelScores],
+    tasks: TaskFiles,
+    settings: Settings,
+    *,
+    judge: str,
 ) -> None:
-    """files.csv: every number of every file. tasks.csv: scores on 0..1 of tasks, categories, overall."""
+    """files.csv: every number of every file. tasks.csv: scores on 0..1 of tasks, categories, overall.
+
+    judge: who judged free answers, and how well; it stands beside every number that rests on it.
+    """
     with (folder / "files.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(
-            ["model", "task", "category", "modality", "file", "score", "value", "low", "high"]
+            [
+                *("model", "task", "category", "modality", "file"),
+                *("score", "value", "low", "high", "judge"),
+            ]
         )
         for model in scored:
             for name, entry in model.entries.items():
@@ -53,20 +64,25 @@ def write_tables(
                 for place, value in flat(entry):
                     low, high = bounds.get(place) or ("", "")
                     of = [model.name, spec.task, spec.category, spec.modality, name]
-                    rows.writerow([*of, place, value, low, high])
+                    rests = place.startswith("gpt.") or (
+                        spec.metric == "GPT" and place in PROTOCOLS
+                    )
+                    rows.writerow([*of, place, value, low, high, judge if rests else ""])
             for name in model.missing:
                 spec = tasks[name]
                 of = [model.name, spec.task, spec.category, spec.modality, name]
-                rows.writerow([*of, "missing", "", "", ""])
+                rows.writerow([*of, "missing", "", "", "", ""])
     with (folder / "tasks.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["model", "protocol", "level", "name", "score", "low", "high"])
+        rows.writerow(["model", "protocol", "level", "name", "score", "low", "high", "judge"])
+        free = {spec.task for spec in tasks.values() if spec.metric == "GPT"}
         for model in scored:
             for protocol in settings.protocols:
                 for level, name, value, bounds in levels(model, protocol):
                     low, high = bounds or ("", "")
                     what = [model.name, PROTOCOL_NAMES[protocol], level, name]
-                    rows.writerow([*what, value, low, high])
+                    rests = free and (level != "task" or name in free)
+                    rows.writerow([*what, value, low, high, judge if rests else ""])
 
 
 def levels(
@@ -84,19 +100,26 @@ def levels(
         yield level, name, scores[name], bounds.get(name)
 
 
-def summary_table(scored: Sequence[ModelScores], settings: Settings) -> Table:
+def tasks_scored(model: ModelScores, tasks: TaskFiles, protocol: Protocol) -> str:
+    """How many of LLaSO-Eval's tasks are in a model's mean of tasks."""
+    there = {tasks[f].task for f in model.units[protocol] if not tasks[f].further}
+    return f"{len(there)} of {benchmark_tasks()}"
+
+
+def summary_table(scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settings) -> Table:
     """Overall scores of every model, on 0..1, narrow enough for a terminal."""
-    overall = ("macro_task", "macro_cat3", "macro_cat4")
+    overall = ("macro_task", "macro_cat4")
     table = Table(title="mean scores, 0 (worst) to 1 (best); the report has all")
     table.add_column("model", overflow="fold")
     table.add_column("protocol")
-    for title in (*(OVERALL[key] for key in overall), "abstention"):
+    for title in ("tasks", *(OVERALL[key] for key in overall), "abstention"):
         table.add_column(title, justify="right")
     for model in scored:
         for protocol in settings.protocols:
             means = model.aggregates[protocol]
             numbers = [_shown(means[key]) for key in overall]
-            table.add_row(model.name, PROTOCOL_NAMES[protocol], *numbers, _rate(model))
+            count = tasks_scored(model, tasks, protocol)
+            table.add_row(model.name, PROTOCOL_NAMES[protocol], count, *numbers, _rate(model))
     return table
 
 
@@ -113,28 +136,35 @@ def comparison_table(result: Comparison) -> Table:
         counts = f"{compared.wins} / {compared.losses} / {compared.ties}"
         name = f"{file}\n  ({compared.reworded} items asked in other words)"
         name = name if compared.reworded else file
-        table.add_row(name, *_difference(compared.difference, result), counts)
+        table.add_row(name, *_row(compared.difference, result), counts)
+    if result.left_out:
+        told = "; ".join(f"{file}: {reason}" for file, reason in result.left_out.items())
+        table.caption = f"left out of all means: {told}"
     table.add_section()
     for difference in result.tasks:
-        table.add_row(difference.name, *_difference(difference, result), "")
+        table.add_row(difference.name, *_row(difference, result), "")
     table.add_section()
     for difference in result.overall:
-        table.add_row(OVERALL[difference.name], *_difference(difference, result), "")
+        table.add_row(OVERALL[difference.name], *_row(difference, result), "")
     return table
 
 
-def _difference(difference: Difference, result: Comparison) -> list[str]:
+def _row(difference: Difference, result: Comparison) -> list[str]:
+    return [difference.score or "0..1", *difference_cells(difference, result)]
+
+
+def difference_cells(difference: Difference, result: Comparison) -> list[str]:
+    """Scores of a and of b, difference, interval, p and who is better."""
     bounds = "-"
     if difference.low is not None and difference.high is not None:
-        bounds = f"{difference.low:+.3f} .. {difference.high:+.3f}"
+        bounds = f"{difference.low:+.3f} to {difference.high:+.3f}"
     return [
-        difference.score or "0..1",
         _shown(difference.a),
         _shown(difference.b),
         f"{difference.b - difference.a:+.3f}",
         bounds,
         "-" if difference.p_value is None else f"{difference.p_value:.3f}",
-        {"a": result.a, "b": result.b, "": ""}[difference.better],
+        {"a": result.a, "b": result.b, "": "undecided"}[difference.better],
     ]
 
 

@@ -1,15 +1,19 @@
 """Which files make up a benchmark, what task each is of, and how it is scored."""
 
+import dataclasses
 import difflib
+import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
 
 from llaso_jax.evaluation.errors import TaskListError
+from llaso_jax.evaluation.metrics.languages import language_code
 from llaso_jax.evaluation.metrics.numbers import Quantity
 
 LLASO_EVAL = Path(__file__).parent / "llaso_eval.yaml"
@@ -21,6 +25,7 @@ Modality = Literal["(t,a)", "(a,t)", "(a)"]
 Companion = Literal[
     "commands", "intents", "entities", "sentence pronunciation", "word pronunciation"
 ]
+Files = tuple[str, ...] | dict[Modality, tuple[str, ...]]
 CLOSED: frozenset[Metric] = frozenset({"ACC", "F1"})
 
 
@@ -34,11 +39,19 @@ class TaskEntry(pydantic.BaseModel):
     category: str = "further"
     metric: Metric
     modality: Modality = "(t,a)"
-    files: tuple[str, ...] | dict[Modality, tuple[str, ...]]
+    files: Files
     labels: tuple[str, ...] = ()
     quantity: Quantity | None = None
     companion: Companion | None = None
-    language: str = "en"
+    language: Annotated[str, pydantic.AfterValidator(language_code)] = "en"
+
+    @pydantic.field_validator("files")
+    @classmethod
+    def _in_one_folder(cls, files: Files) -> Files:
+        for names in files.values() if isinstance(files, dict) else (files,):
+            for name in names:
+                plain_name(name)
+        return files
 
     @pydantic.model_validator(mode="after")
     def _complete(self) -> "TaskEntry":
@@ -76,6 +89,14 @@ class TaskFile:
         """Whether the answer is one of a set of labels."""
         return self.metric in CLOSED
 
+    def entry(self) -> dict[str, Any]:
+        """As a task list holds it, without what is the default there: `read_task_list` gives the same."""
+        defaults = {name: field.default for name, field in TaskEntry.model_fields.items()}
+        written = {**dataclasses.asdict(self), "name": self.task, "files": [self.file]}
+        written["labels"] = list(self.labels)
+        defaults |= {"title": self.task, "labels": []}
+        return {key: written[key] for key in defaults if written[key] != defaults[key]}
+
     def described(self) -> dict[str, str]:
         """As in the `task_map` of scores.json."""
         return {
@@ -85,6 +106,17 @@ class TaskFile:
             "ended": "closed" if self.closed else "open",
             "metric": self.metric,
         }
+
+
+def plain_name(name: str) -> str:
+    """The same name, if a file or folder can safely be called so.
+
+    Raises:
+      ValueError: it could lead out of its folder, or be hidden.
+    """
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        raise ValueError(f"{name!r} is no name of a file: letters, digits and _ . + - are")
+    return name
 
 
 TaskFiles = dict[str, TaskFile]
@@ -107,6 +139,21 @@ def load_tasks(further: Iterable[Path] = (), *, only: Sequence[str] = ()) -> Tas
             if spec.file in tasks:
                 raise TaskListError(f"{path}: the file {spec.file!r} is already in a task.")
             tasks[spec.file] = spec
+    return chosen(tasks, only)
+
+
+@functools.cache
+def benchmark_tasks() -> int:
+    """How many tasks LLaSO-Eval has."""
+    return len({spec.task for spec in load_tasks().values()})
+
+
+def chosen(tasks: TaskFiles, only: Sequence[str]) -> TaskFiles:
+    """Those of some tasks or files; () for all.
+
+    Raises:
+      TaskListError: a name that is in none.
+    """
     if not only:
         return tasks
     names = {*tasks, *(spec.task for spec in tasks.values())}
@@ -127,7 +174,7 @@ def read_task_list(path: Path, *, further: bool = True) -> list[TaskFile]:
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise TaskListError(f"the task list {path} cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise TaskListError(f"{path} holds no list of tasks: each starts with `- name: ...`.")

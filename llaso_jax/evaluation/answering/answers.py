@@ -69,10 +69,10 @@ def answer_file(
       DataError: audio or a record that cannot be used: a question is never skipped over.
     """
     journal = Journal(folder, file.spec.file)
-    if journal.finished.is_file():
+    if journal.is_finished(len(file)):
         advance(len(file))
         return journal.finished
-    answers = journal.answered()
+    answers = {n: answer for n, answer in journal.answered().items() if n < len(file)}
     advance(len(answers))
     todo = [number for number in range(len(file)) if number not in answers]
     asked: list[tuple[Sample, str]] = []

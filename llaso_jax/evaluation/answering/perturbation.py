@@ -13,7 +13,7 @@ import soxr
 
 from llaso_jax.data.audio import LoadedAudio, load_audio
 from llaso_jax.data.prompt import AUDIO_PLACEHOLDER, Turn
-from llaso_jax.errors import ConfigError
+from llaso_jax.errors import ConfigError, DataError
 from llaso_jax.evaluation.answering.questions import QuestionFile
 from llaso_jax.modeling.frames import SAMPLE_RATE
 
@@ -65,13 +65,17 @@ def _parse(word: str) -> list[Perturbation]:
             raise ConfigError(
                 f"--perturb {word!r}: {level!r} is no number; forms are {FORMS}."
             ) from None
-    if kind == "reword":
-        numbers = list(range(1, int(numbers[0]) + 1))
     allowed = {"speed": (0.25, 4.0), "codec": (LOWEST_BITRATE, HIGHEST_BITRATE), "reword": (1, 100)}
     low, high = allowed.get(kind, (-120, 120))
-    if not numbers or not all(low <= number <= high for number in numbers):
+    if not all(low <= number <= high for number in numbers):  # NaN is in no range
         raise ConfigError(f"--perturb {word!r}: levels of {kind} are {low:g} to {high:g}.")
-    return [Perturbation(kind, float(number)) for number in numbers]  # type: ignore[arg-type]
+    if kind == "reword":
+        if len(numbers) > 1 or not numbers[0].is_integer():
+            raise ConfigError(
+                f"--perturb {word!r}: reword takes one whole number, of other instructions for each item."
+            )
+        numbers = [float(number) for number in range(1, int(numbers[0]) + 1)]
+    return [Perturbation(kind, number) for number in numbers]  # type: ignore[arg-type]
 
 
 class Perturber:
@@ -121,9 +125,11 @@ class Perturber:
         # Levels are different places of one order, so no instruction is asked twice.
         order = np.random.default_rng(key).permutation(len(others))
         text = others[order[int(self._perturbation.level) - 1]]
-        assert text.count(AUDIO_PLACEHOLDER) == turn.text.count(AUDIO_PLACEHOLDER), (
-            "one layout a file"
-        )
+        if text.count(AUDIO_PLACEHOLDER) != turn.text.count(AUDIO_PLACEHOLDER):
+            raise DataError(
+                f"the instruction {text!r:.60} of another item has a different number of {AUDIO_PLACEHOLDER}: "
+                f"the items of {file.spec.file} cannot be asked in each other's words; leave out --perturb reword"
+            )
         return replace(turn, text=text)
 
     def _changed(self, audio: LoadedAudio, rng: np.random.Generator) -> LoadedAudio:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ import yaml
 from llaso_jax.data.records import Record, RecordSource
 from llaso_jax.evaluation.errors import IncompleteRecordError, NoPredictionsError
 from llaso_jax.evaluation.predictions import SUFFIX
-from llaso_jax.evaluation.tasks import Metric, TaskFile, TaskFiles, load_tasks
+from llaso_jax.evaluation.tasks import (
+    Metric,
+    TaskFile,
+    TaskFiles,
+    chosen,
+    load_tasks,
+    plain_name,
+    read_task_list,
+)
 
 # `metadata.metric` of records that name their task: the mini corpus writes these.
 RECORD_METRICS: dict[str, Metric] = {"wer": "WER/CER", "accuracy": "ACC"}
@@ -24,10 +32,12 @@ class QuestionFile:
 
     Attributes:
       spec: its task.
+      path: where the questions are.
       source, rows: records, and which of them.
     """
 
     spec: TaskFile
+    path: Path
     source: RecordSource
     rows: tuple[int, ...]
 
@@ -51,14 +61,14 @@ def load_questions(
 
     Args:
       only: tasks or files to keep; () for all.
-      further: task lists beside LLaSO-Eval's (of a folder).
+      further: task lists beside LLaSO-Eval's; of one file, those that name `<its name>_<task>`.
       limit: most questions of each file, the first ones.
       audio_root: where audio paths start; None for the folder of the data.
       index_dir: where offsets of records are kept.
 
     Raises:
-      NoPredictionsError: no file of the task list is there.
-      TaskListError: an unknown task. IncompleteRecordError: a record of one file without task.
+      NoPredictionsError: no file of the task list is there, or one without a question.
+      TaskListError: an unknown task. IncompleteRecordError: a record of one file without task or metric.
     """
     if data.is_dir():
         tasks = load_tasks(further, only=only)
@@ -67,14 +77,18 @@ def load_questions(
             raise NoPredictionsError(
                 f"{data} holds none of the benchmark's files: files such as ASR{SUFFIX}.json are needed."
             )
-        sources = [(spec, _source([path], audio_root, index_dir)) for spec, path in found]
-        files = [(spec, source, tuple(range(len(source)))) for spec, source in sources]
+        sources = [(spec, path, _source(path, audio_root, index_dir)) for spec, path in found]
+        files = [QuestionFile(s, path, src, tuple(range(len(src)))) for s, path, src in sources]
     else:
-        source = _source([data], audio_root, index_dir)
-        files = _by_task(data, source)
-        if only:
-            files = [(s, source, rows) for s, _, rows in files if s.task in only or s.file in only]
-    return [QuestionFile(spec, source, rows[:limit]) for spec, source, rows in files]
+        source = _source(data, audio_root, index_dir)
+        declared = {spec.file: spec for path in further for spec in read_task_list(path)}
+        files = _by_task(data, source, declared)
+        kept = chosen({file.spec.file: file.spec for file in files}, only)
+        files = [file for file in files if file.spec.file in kept]
+    for file in files:
+        if not len(file):
+            raise NoPredictionsError(f"{file.path} holds no question.")
+    return [replace(file, rows=file.rows[:limit]) for file in files]
 
 
 def _file(data: Path, name: str) -> Path | None:
@@ -82,65 +96,91 @@ def _file(data: Path, name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _source(files: Sequence[Path], audio_root: Path | None, index_dir: Path | None) -> RecordSource:
-    return RecordSource(files, data_root=audio_root, index_dir=index_dir)
+def _source(file: Path, audio_root: Path | None, index_dir: Path | None) -> RecordSource:
+    return RecordSource([file], data_root=audio_root, index_dir=index_dir)
 
 
-def _by_task(
-    data: Path, source: RecordSource
-) -> list[tuple[TaskFile, RecordSource, tuple[int, ...]]]:
-    """One file for each task that the records' metadata names, in alphabetical order."""
+def _by_task(data: Path, source: RecordSource, declared: TaskFiles) -> list[QuestionFile]:
+    """One file for each task that the records' metadata names, in alphabetical order.
+
+    How a file is scored stands in `declared`, or else in the metadata.
+    """
+    if not len(source):
+        raise NoPredictionsError(f"{data} holds no question.")
     rows: dict[str, list[int]] = defaultdict(list)
-    facts: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, Any] = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for row in range(len(source)):
         record = source[row]
-        metadata = record.fields.get("metadata")
-        metadata = metadata if isinstance(metadata, dict) else {}
-        if metadata.get("metric") not in RECORD_METRICS or "task" not in metadata:
+        found = record.fields.get("metadata")
+        metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+        task: Any = metadata.get("task")
+        metric = metadata.get("metric")
+        problem = _problem(data, task, metric, declared)
+        if not problem and metrics.setdefault(task, metric) != metric:
+            problem = f"the metric of {task} is {metric!r}, and was {metrics[task]!r} before"
+        named = metadata.get("labels") or []
+        if not isinstance(named, list) or not all(isinstance(label, str) for label in named):
+            problem = f"metadata.labels must be a list of texts, and is {named!r:.40}"
+        if problem:
             raise IncompleteRecordError(
-                "metadata must name task and metric (wer or accuracy) where one file holds all tasks",
-                sample_id=record.sample_id,
-                position=record.position,
+                problem, sample_id=record.sample_id, position=record.position
             )
-        rows[metadata["task"]].append(row)
-        facts[metadata["task"]] = metadata
-        labels[metadata["task"]].update(metadata.get("labels", ()))
-    return [
-        (
-            TaskFile(
-                file=f"{data.stem}_{task}",
-                task=task,
-                title=task,
-                category="further",
-                modality="(t,a)",
-                metric=RECORD_METRICS[facts[task]["metric"]],
-                # Labels of question answering differ by record: those of all would be no closed set.
-                labels=tuple(sorted(labels[task])) if task != "AQA" else (),
-                further=True,
-            ),
-            source,
-            tuple(rows[task]),
+        rows[task].append(row)
+        labels[task].update(named)
+    files = []
+    for task in sorted(rows):
+        name = f"{data.stem}_{task}"
+        spec = declared.get(name) or _spec(name, task, metrics[task], labels[task])
+        files.append(QuestionFile(spec, data, source, tuple(rows[task])))
+    return files
+
+
+def _problem(data: Path, task: Any, metric: Any, declared: TaskFiles) -> str:
+    """What is wrong with the metadata of a record; "" for nothing."""
+    if not isinstance(task, str):
+        return f"metadata.task must name a task where one file holds all, and is {task!r:.40}"
+    try:
+        name = plain_name(f"{data.stem}_{task}")
+    except ValueError as error:
+        return f"metadata.task {task!r:.40}: {error}"
+    if name not in declared and not (isinstance(metric, str) and metric in RECORD_METRICS):
+        return (
+            f"metadata.metric must be {' or '.join(RECORD_METRICS)}, and is {metric!r:.40}; other metrics need an "
+            f"entry with the file {name} in a --task-list"
         )
-        for task in sorted(rows)
-    ]
+    return ""
+
+
+def _spec(file: str, task: str, metric: str, labels: set[str]) -> TaskFile:
+    return TaskFile(
+        file=file,
+        task=task,
+        title=task,
+        category="further",
+        modality="(t,a)",
+        metric=RECORD_METRICS[metric],
+        # Labels of question answering differ by record: those of all would be no closed set.
+        labels=tuple(sorted(labels)) if task != "AQA" else (),
+        further=True,
+    )
 
 
 def write_task_list(folder: Path, files: Sequence[QuestionFile]) -> None:
-    """Note further tasks beside their predictions, so that `llaso evaluate score` can be given them."""
-    entries = [
-        {
-            "name": file.spec.task,
-            "metric": file.spec.metric,
-            "files": [file.spec.file],
-            **({"labels": list(file.spec.labels)} if file.spec.labels else {}),
-        }
-        for file in files
-        if file.spec.further
-    ]
-    if entries:
+    """Note further tasks beside their predictions, so that `llaso evaluate score` can be given them.
+
+    Tasks that an earlier run has noted there stay.
+
+    Raises:
+      TaskListError: the list that is there cannot be read.
+    """
+    path = folder / TASK_LIST
+    noted = {spec.file: spec for spec in (read_task_list(path) if path.is_file() else ())}
+    noted |= {file.spec.file: file.spec for file in files if file.spec.further}
+    if noted:
+        entries = [spec.entry() for spec in noted.values()]
         text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
-        (folder / TASK_LIST).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def tasks_of(files: Sequence[QuestionFile]) -> TaskFiles:

@@ -1,6 +1,6 @@
 """Fit the local judge to published scores, and measure it on models it was not fitted on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,17 +45,26 @@ def fit(judged: Judged) -> dict[str, list[float]]:
     return weights
 
 
-def held_out_agreement(judged: Judged) -> dict[str, dict[str, Any]]:
-    """For each model, agreement of the judge fitted on all others.
+def held_out_agreement(
+    judged: Judged, families: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """For each model, agreement of the judge fitted on the models of other families.
+
+    Args:
+      families: of models that are no family of their own: variants answer so alike that one in the fit
+        tells of the other.
 
     Returns:
       by model: pairs; pearson, spearman: of single scores; mean_absolute_error; judge, local: means of
       both, which is what a comparison of models rests on.
     """
-    table = {}
-    for model in sorted(set(judged.models.tolist())):
-        left_out = judged.models == model
-        weights, rest = fit(judged.where(~left_out)), judged.where(left_out)
+    table, families = {}, families or {}
+    names = sorted(set(judged.models.tolist()))
+    for model in names:
+        family = families.get(model, model)
+        kin = [other for other in names if families.get(other, other) == family]
+        weights = fit(judged.where(~np.isin(judged.models, kin)))
+        rest = judged.where(judged.models == model)
         said = np.empty(len(rest.scores))
         for task in set(rest.tasks.tolist()):
             of_task = rest.tasks == task

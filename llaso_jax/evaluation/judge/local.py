@@ -29,7 +29,7 @@ class LocalJudge:
 
     @property
     def agreement(self) -> dict[str, dict[str, Any]]:
-        """Held-out agreement with the published judge, by model left out."""
+        """Held-out agreement with the published judge, by model left out with its family."""
         return fitted()["agreement"]
 
     def __call__(
@@ -40,7 +40,10 @@ class LocalJudge:
         pairs = [features(item.reference, item.answer) for item in predictions.items]
         said = predict(weights.get(spec.task, weights[DEFAULT_TASK]), np.asarray(pairs, np.float64))
         scores = tuple(float(score) for score in said)
-        told = tuple(f"Score: {score:.2f} by the local surrogate" for score in scores)
+        agreement = agreement_line(self.agreement)
+        told = tuple(
+            f"Score: {score:.2f} by the local surrogate; agreement {agreement}" for score in scores
+        )
         return Judgements(scores, scores, told)
 
 
@@ -51,7 +54,7 @@ def agreement_line(agreement: dict[str, dict[str, Any]]) -> str:
     error = [row["mean_absolute_error"] for row in rows]
     bias = [abs(row["local"] - row["judge"]) for row in rows]
     return (
-        f"with the published judge on {len(rows)} models, each left out of the fit: Pearson's r "
+        f"with the published judge on {len(rows)} models, each left out of the fit with its family: Pearson's r "
         f"{np.mean(pearson):.2f} ({min(pearson):.2f} to {max(pearson):.2f}), mean absolute error "
         f"{np.mean(error):.2f} of 1 to 5, a model's mean off by up to {max(bias):.2f}"
     )

@@ -21,4 +21,4 @@ class ReplayJudge:
     ) -> Judgements | None:
         """The judgements of one file; None where none were published."""
         path = folder.path / JUDGE_FOLDER / f"{spec.file}{SUFFIX}.jsonl"
-        return read_judgements(path, len(predictions.items)) if path.is_file() else None
+        return read_judgements(path, predictions.items) if path.is_file() else None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llaso_jax.evaluation.metrics.digits import whole_number
 from llaso_jax.evaluation.metrics.statistic import Statistic, mean, ratio
 
 LOWEST, HIGHEST = 1, 5
@@ -14,7 +15,7 @@ _SCORE = re.compile(r"Score:\s*(\d+)")
 def parse_score(evaluation: str) -> int | None:
     """The number after "Score:", or None."""
     found = _SCORE.search(evaluation)
-    return int(found.group(1)) if found else None
+    return whole_number(found.group(1)) if found else None
 
 
 def mean_where_scored(scores: Sequence[float | None]) -> Statistic:

@@ -87,12 +87,15 @@ def substring_accuracy(references: Sequence[str], answers: Sequence[str]) -> Sta
     return mean(right)
 
 
-def abstention(references: Sequence[str], answers: Sequence[str]) -> Statistic:
-    """Share of answers that do not contain exactly one label of the references.
+def abstention(
+    references: Sequence[str], answers: Sequence[str], declared: Sequence[str] = ()
+) -> Statistic:
+    """Share of answers that do not contain exactly one label of the references or of those declared.
 
     Source: llaso/evaluation/metrics/abstention_rate/abstention_rate_cal.py.
     """
-    labels = {text.strip().lower().rstrip(". ").strip() for text in references}
+    texts = (*references, *declared)
+    labels = {text.strip().lower().rstrip(". ").strip() for text in texts}
     patterns = [_alone(label) for label in labels]
     counts = [sum(bool(p.search(a.strip().lower())) for p in patterns) for a in answers]
     return mean([count != 1 for count in counts])

@@ -1,14 +1,16 @@
 """Ages and pitches in free text, and the mean absolute error of them."""
 
 import re
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from llaso_jax.evaluation.metrics.digits import number, whole_number
 from llaso_jax.evaluation.metrics.statistic import Statistic, mean, ratio
 
 Quantity = Literal["age", "pitch"]
+T = TypeVar("T")
 # Ages in years; pitches as MIDI numbers, out of whose range LLaSO's script drops an answer.
 RANGES: dict[Quantity, tuple[int, int]] = {"age": (0, 100), "pitch": (0, 127)}
 ADULT_AGE = 22  # LLaSO: llaso/evaluation/metrics/mae/age_L1.py reads "adult" as this
@@ -16,9 +18,9 @@ ADULT_AGE = 22  # LLaSO: llaso/evaluation/metrics/mae/age_L1.py reads "adult" as
 
 def parse_age(text: str) -> int | None:
     """An integer, else the first in the text, else 22 for "adult"; "20-24" is 22. None: no age."""
-    if (whole := _integer(text)) is not None:
+    if (whole := whole_number(text)) is not None:
         return whole
-    found = [int(number) for number in re.findall(r"\d+", text)]
+    found = _present(whole_number(number) for number in re.findall(r"\d+", text))
     if "-" in text and len(found) >= 2:
         return round(sum(found[:2]) / 2)
     if found:
@@ -28,12 +30,11 @@ def parse_age(text: str) -> int | None:
 
 def parse_pitch(text: str) -> int | None:
     """A number, else the first in the text, rounded; "60-65" is 62. None: no number."""
-    if (whole := _integer(text)) is not None:
+    if (whole := whole_number(text)) is not None:
         return whole
-    try:
-        return round(float(text))
-    except (ValueError, OverflowError):  # no number; infinite or not a number
-        found = [float(number) for number in re.findall(r"\d+\.?\d*", text)]
+    if (value := number(text)) is not None:
+        return round(value)
+    found = _present(number(part) for part in re.findall(r"\d+\.?\d*", text))
     if "-" in text and len(found) >= 2:
         return round(sum(found[:2]) / 2)
     return round(found[0]) if found else None
@@ -44,11 +45,8 @@ def parse(text: str, quantity: Quantity) -> int | None:
     return {"age": parse_age, "pitch": parse_pitch}[quantity](text.strip())
 
 
-def _integer(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None
+def _present(found: Iterable[T | None]) -> list[T]:
+    return [value for value in found if value is not None]
 
 
 class NumberScores(NamedTuple):

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llaso_jax.evaluation.metrics.digits import whole_number
 from llaso_jax.evaluation.metrics.statistic import Statistic, ratio
 
 SENTENCE_KEYS = ("accuracy", "prosodic", "fluency")
 # LLaSO: llaso/evaluation/metrics/others/pronunciation_scoring.py
 _AFTER = re.compile(r"(accuracy|proso|fluency).*?(?:is|:|=|as).*?(\d+)")
-_BEFORE = re.compile(r"(\d+)\s*?(?:for)\s*?(accuracy|proso|fluency)")
+_BEFORE = re.compile(r"(?<!\d)(\d+)\s*?(?:for)\s*?(accuracy|proso|fluency)")
+_TO_LAST_DIGIT = re.compile(r".*\d")
 _WORD = re.compile(r'for "([^"]*)", accuracy is (\d+), stress is (\d+),? and total score is (\d+)')
 
 
@@ -19,11 +21,21 @@ def sentence_scores(text: str) -> dict[str, int] | None:
     Where a score is stated twice, the last counts.
     """
     text = text.lower()
+    if len(re.findall(r"\d+", text)) < len(SENTENCE_KEYS):
+        return None
+    # Matches end in a digit and never leave their line. Without what follows a line's last digit they are
+    # found in time that grows with the square of the length, not with its cube, in an answer that loops.
+    lines = (_TO_LAST_DIGIT.match(line) for line in text.split("\n"))
+    stated = "\n".join(line.group() for line in lines if line)
     for found in (
-        [(key, score) for key, score in _AFTER.findall(text)],
+        [(key, score) for key, score in _AFTER.findall(stated)],
         [(key, score) for score, key in _BEFORE.findall(text)],
     ):
-        scores = {"prosodic" if key == "proso" else key: int(score) for key, score in found}
+        scores = {
+            "prosodic" if key == "proso" else key: value
+            for key, score in found
+            if (value := whole_number(score)) is not None
+        }
         if len(scores) == len(SENTENCE_KEYS):
             return scores
     return None

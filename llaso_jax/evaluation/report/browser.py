@@ -69,7 +69,10 @@ def word_difference(reference: str, answer: str) -> list[tuple[str, str]]:
 def _players(voices: Sequence[str], audio_root: Path | None, page: Path) -> list[str]:
     if audio_root is None:
         return []
-    there = [path for voice in voices if (path := audio_root / voice).is_file()]
+    # Not resolve(): a corpus may be links into another folder.
+    root = Path(os.path.normpath(audio_root.absolute()))
+    paths = [Path(os.path.normpath(root / voice)) for voice in voices]
+    there = [path for path in paths if path.is_relative_to(root) and path.is_file()]
     return [quote(os.path.relpath(path.resolve(), page.resolve())) for path in there]
 
 

@@ -1,12 +1,13 @@
 """comparison.html: two models side by side, in one file."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
 from llaso_jax.evaluation.comparison import Comparison, Difference, ItemPair
 from llaso_jax.evaluation.report.sections import table
-from llaso_jax.evaluation.tables import OVERALL, PROTOCOL_NAMES
+from llaso_jax.evaluation.tables import OVERALL, PROTOCOL_NAMES, difference_cells
 
 HERE = Path(__file__).parent
 COMPARISON_FILE = "comparison.html"
@@ -22,7 +23,8 @@ def write_comparison(folder: Path, result: Comparison, *, judge: str) -> None:
         protocol=PROTOCOL_NAMES[result.protocol],
         judge=escape(judge),
         overall=_table(result, [*result.overall, *result.tasks]),
-        files=_files(result),
+        files=_files(result) + _told("left out of all means", _reasons(result)),
+        notes=_told("remarks", result.notes),
         items="".join(_items(result, file) for file in result.files),
     )
     (folder / COMPARISON_FILE).write_text(text, encoding="utf-8")
@@ -56,14 +58,18 @@ def _files(result: Comparison) -> str:
 
 
 def _cells(result: Comparison, difference: Difference) -> list[str]:
-    bounds, p_value = "-", "-"
-    if difference.low is not None and difference.high is not None:
-        bounds = f"{difference.low:+.3f} to {difference.high:+.3f}"
-    if difference.p_value is not None:
-        p_value = f"{difference.p_value:.3f}"
-    better = {"a": result.a, "b": result.b, "": "undecided"}[difference.better]
-    change = f"{difference.b - difference.a:+.3f}"
-    return [f"{difference.a:.3f}", f"{difference.b:.3f}", change, bounds, p_value, escape(better)]
+    return [escape(cell) for cell in difference_cells(difference, result)]
+
+
+def _reasons(result: Comparison) -> list[str]:
+    return [f"{file}: {reason}" for file, reason in result.left_out.items()]
+
+
+def _told(title: str, lines: Sequence[str]) -> str:
+    """A list with its title; "" without lines."""
+    if not lines:
+        return ""
+    return f"<h3>{title}</h3><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
 def _items(result: Comparison, file: str) -> str:

@@ -1,6 +1,6 @@
 """Tables and plots of the page, as HTML text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -9,7 +9,7 @@ from llaso_jax.evaluation.metrics.judge_score import HIGHEST, LOWEST
 from llaso_jax.evaluation.report.notes import notes_of
 from llaso_jax.evaluation.report.svg import Point, Series, dots, radar, scatter
 from llaso_jax.evaluation.scoring import ModelScores, Settings
-from llaso_jax.evaluation.tables import OVERALL, PROTOCOL_NAMES
+from llaso_jax.evaluation.tables import OVERALL, PROTOCOL_NAMES, flat, tasks_scored
 from llaso_jax.evaluation.tasks import TaskFiles
 from llaso_jax.evaluation.unit_score import LOWER_IS_BETTER, Protocol
 
@@ -30,9 +30,9 @@ def legend(scored: Sequence[ModelScores]) -> str:
     return f'<p class="legend">{"".join(keys)}</p>'
 
 
-def overall_table(scored: Sequence[ModelScores], settings: Settings) -> str:
-    """Means over tasks and categories with their intervals, and abstention."""
-    heads = [*OVERALL.values(), "abstention"]
+def overall_table(scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settings) -> str:
+    """Means over tasks and categories with their intervals, of how many tasks, and abstention."""
+    heads = ["tasks", *OVERALL.values(), "abstention"]
     rows = []
     for model in scored:
         for protocol in settings.protocols:
@@ -40,7 +40,8 @@ def overall_table(scored: Sequence[ModelScores], settings: Settings) -> str:
             bounds = model.intervals.get("aggregates", {}).get(protocol, {})
             cells = [_cell(means[name], bounds.get(name)) for name in OVERALL]
             cells.append(_share(model.aggregates["abstention_mean"]))
-            rows.append([escape(model.name), PROTOCOL_NAMES[protocol], *cells])
+            count = tasks_scored(model, tasks, protocol)
+            rows.append([escape(model.name), PROTOCOL_NAMES[protocol], count, *cells])
     return table(["model", "protocol", *heads], rows, left=2)
 
 
@@ -80,7 +81,7 @@ def file_table(scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settin
             broken = escape(file).replace("_", "_<wbr>")  # where a narrow column may break it
             name = f"{broken}<small>{escape(spec.task)} {escape(spec.modality)}</small>"
             metric = f"{rate.upper() or spec.metric} {arrow}"
-            row = [name, metric, str(entries[0]["n"]), _baseline(entries[0])]
+            row = [name, metric, *(_each(entries, of) for of in (_items, _baseline))]
             for model in scored:
                 row += [_file_cell(model, file, rate, protocol) for protocol in settings.protocols]
             rows.append(row)
@@ -93,12 +94,22 @@ def _file_cell(model: ModelScores, file: str, rate: str, protocol: Protocol) -> 
     if file not in model.entries:
         return '<span class="missing">missing</span>'
     suffix = f".{rate}" if rate else ""
-    values, place = _flat(model.entries[file]), f"{protocol}{suffix}"
+    values, place = dict(flat(model.entries[file])), f"{protocol}{suffix}"
     cell = _cell(values.get(place), model.intervals["files"][file].get(place))
     straight = values.get(f"paper_unswapped{suffix}")
     if protocol == "paper" and straight is not None:
         cell += f"<small>unswapped {straight:.3f}</small>"
     return cell
+
+
+def _each(entries: Sequence[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], str]) -> str:
+    """What is the same of all models once; else of each, in their order."""
+    told = [of(entry) for entry in entries]
+    return told[0] if len(set(told)) == 1 else " / ".join(told)
+
+
+def _items(entry: Mapping[str, Any]) -> str:
+    return str(entry["n"])
 
 
 def _baseline(entry: Mapping[str, Any]) -> str:
@@ -164,7 +175,7 @@ def coverage_section(
         )
     colours = {model.name: colour(number) for number, model in enumerate(scored)}
     plots = ""
-    for key, title in (("score", "mean of 20 tasks"), ("abstention", "abstention")):
+    for key, title in (("score", "mean of tasks"), ("abstention", "abstention")):
         points = [
             (name, colours[name], one["coverage"], one[key])
             for name, one in coverage.items()
@@ -262,13 +273,3 @@ def _share(value: float | None) -> str:
 def _heat(count: int, total: int) -> str:
     share = 100 * count / total if total else 0
     return f'<span style="--heat:{share:.0f}%">{count or ""}</span>'
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = value
-    return found

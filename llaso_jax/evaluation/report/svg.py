@@ -146,13 +146,19 @@ def scatter(points: Sequence[tuple[str, str, float, float]], across: str, up: st
     return _svg(width, height, parts, f"{up} by {across}")
 
 
-def curve(
-    title: str,
-    points: Sequence[tuple[float, float, float | None, float | None]],
-    level: float,
-    across: str,
-) -> str:
-    """A line through (x, y, low, high), y in 0..1, over evenly spaced x; `level` is a line across."""
+class Level(NamedTuple):
+    """A score at a level of a perturbation: 0..1, with the clean score of the same files."""
+
+    level: float
+    score: float
+    clean: float
+    low: float | None
+    high: float | None
+    files: int
+
+
+def curve(title: str, points: Sequence[Level], across: str) -> str:
+    """A line through scores over evenly spaced levels, and pieces of another through the clean ones."""
     width, height, left, bottom, top = 260, 190, 34, 40, 26
     step = (width - left - 16) / max(len(points), 1)
 
@@ -166,15 +172,16 @@ def curve(
             f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{width - 10}" y2="{y:.1f}"/>'
         )
         parts.append(f'<text class="row" x="{left - 6}" y="{y + 4:.1f}">{share:g}</text>')
-    parts.append(
-        f'<line class="clean" x1="{left}" x2="{width - 10}" y1="{up(level):.1f}" y2="{up(level):.1f}"/>'
-    )
     corners = []
-    for number, (x, y, low, high) in enumerate(points):
+    for number, (x, y, clean, low, high, files) in enumerate(points):
         px = left + step * (number + 0.5)
+        parts.append(
+            f'<line class="clean" x1="{px - step / 2:.1f}" x2="{px + step / 2:.1f}" '
+            f'y1="{up(clean):.1f}" y2="{up(clean):.1f}"/>'
+        )
         corners.append(f"{px:.1f},{up(y):.1f}")
         parts.append(f'<text class="axis" x="{px:.1f}" y="{height - bottom + 16}">{x:g}</text>')
-        told = f"{title}, {across} {x:g}: {y:.3f}"
+        told = f"{title}, {across} {x:g}, {files} files: {y:.3f}"
         if low is not None and high is not None:
             told += f" ({low:.3f} to {high:.3f})"
             parts.append(
