@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.lora import linear_layers
@@ -68,7 +68,7 @@ def linear_paths(cfg: SpeechLMConfig) -> frozenset[str]:
 
 
 def param_shardings(
-    cfg: SpeechLMConfig, mesh: Mesh, rules: ShardingRules = FSDP_TENSOR
+    cfg: SpeechLMConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules = FSDP_TENSOR
 ) -> dict[str, NamedSharding]:
     """How every parameter of the model is stored on `mesh`, by path.
 

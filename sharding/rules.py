@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MeshAxes = tuple[str, ...]
@@ -92,7 +92,11 @@ def to_spec(logical_axes: LogicalAxes, table: Mapping[str, MeshAxes]) -> P:
 
 
 def check_divisible(
-    name: str, shape: tuple[int, ...], logical_axes: LogicalAxes, spec: P, mesh: Mesh
+    name: str,
+    shape: tuple[int, ...],
+    logical_axes: LogicalAxes,
+    spec: P,
+    mesh: Mesh | AbstractMesh,
 ) -> None:
     """Raise ShardingError unless each dimension of `shape` divides evenly over its mesh axes."""
     for size, axis, mesh_axes in zip(shape, logical_axes, spec, strict=True):
@@ -114,7 +118,7 @@ def named_sharding(
     shape: tuple[int, ...],
     logical_axes: LogicalAxes,
     table: Mapping[str, MeshAxes],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> NamedSharding:
     """Checked NamedSharding of the array called `name`.
 
