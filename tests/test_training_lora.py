@@ -82,6 +82,7 @@ def test_the_exported_folder_has_them_merged_and_answers_the_same(finished, tmp_
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drops_the_same_inputs(folder, finished, monkeypatch):
     """Stopped by a signal after two steps and continued, on another mesh: the losses of the undisturbed run."""
     save = loop.StageRun._save
@@ -115,6 +116,7 @@ def test_a_pattern_without_a_linear_layer_is_an_error_of_the_recipe(folder, tmp_
         run(tree, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_smoothing_and_z_loss_of_the_recipe_change_what_is_minimized(folder, tmp_path):
     plain = recipe(folder, stages=({"max_steps": 1},))
     values = {}
