@@ -178,7 +178,7 @@ def test_the_cache_is_one_buffer_updated_in_place():
     cfg = tiny_config(text={"num_hidden_layers": 4, "hidden_size": 256})
     B, T, N, V = 4, 1024, 64, 48
     of = jax.ShapeDtypeStruct
-    kv = of((4, B, T, 2, 64), jnp.float32)
+    kv = of((4, B, 2, T, 64), jnp.float32)
     progress = decoding.Progress(
         tokens=of((B, N), jnp.int32),
         lengths=of((B,), jnp.int32),
