@@ -15,11 +15,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.layer_stack import take_apart
 from llaso_jax.modeling.lora import linear_layers
 from llaso_jax.modeling.speech_lm import SpeechLM, SpeechLMConfig
 from llaso_jax.sharding.rules import FSDP_TENSOR, LogicalAxes, ShardingRules, named_sharding
 
 Params = dict[str, Any]
+APART_BYTES = 2**22
+"""Layers of fewer bytes stay stacked on the CPU: they fit in a core's cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,34 @@ def bind(cfg: SpeechLMConfig, params: Params, compute: ComputeConfig | None = No
     """
     graph, _ = _abstract(cfg, compute or ComputeConfig())
     return nnx.merge(graph, nnx.State(params))
+
+
+def decoding_params(cfg: SpeechLMConfig, params: Params) -> Params:
+    """`params` as generation reads them fastest: on the CPU, a large decoder's layers are taken apart.
+
+    Its stacked parameters become tuples of arrays that look into their memory (layer_stack.py). A program over them
+    has every layer written out and takes longer to compile, so layers of less than `APART_BYTES`, whose copies cost
+    little, stay stacked, as do all on accelerators.
+
+    Args:
+      cfg: architecture.
+      params: all of its parameters; those on no device (NumPy's) stay as they are.
+    """
+    infos, flat = abstract_params(cfg), flatten(params)
+    layers = {
+        path: leaf
+        for path, leaf in flat.items()
+        if path.startswith("language_model/") and infos[path].stacked
+    }
+    if not all(_on_cpu(leaf) for leaf in layers.values()):
+        return params
+    if sum(leaf.nbytes // len(leaf) for leaf in layers.values()) < APART_BYTES:
+        return params
+    return unflatten(flat | {path: take_apart(leaf) for path, leaf in layers.items()})
+
+
+def _on_cpu(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and all(d.platform == "cpu" for d in leaf.devices())
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from llaso_jax.modeling.compute import ComputeConfig, scan_layers
 from llaso_jax.modeling.kernels.attention import attention, decode_attention, write_cache
+from llaso_jax.modeling.layer_stack import over_layers
 from llaso_jax.modeling.layers import (
     Initializer,
     Linear,
@@ -271,9 +272,8 @@ class LlamaModel(nnx.Module):
         graph, layers = nnx.split(self.layers)
 
         # The cache is carried, not scanned over: XLA then updates it in place.
-        def body(carry, scanned):
+        def step(carry, layer: nnx.State, index: jax.Array):
             h, all_k, all_v = carry
-            index, layer = scanned
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array):
                 new_k = write_cache(all_k, k[:, 0], cache.length, index)
@@ -292,7 +292,7 @@ class LlamaModel(nnx.Module):
             return (h, new_k, new_v), None
 
         indices = jnp.arange(self.cfg.num_hidden_layers)
-        (last, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (indices, layers))
+        (last, k, v), _ = over_layers(step, (x, cache.k, cache.v), layers, indices)
         return self.norm(last), KVCache(k, v, cache.length + 1)
 
     def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

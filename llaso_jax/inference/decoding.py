@@ -28,7 +28,14 @@ from llaso_jax.inference.sampling import (
     row_identities,
 )
 from llaso_jax.modeling.compute import ComputeConfig
-from llaso_jax.modeling.functional import Params, bind, flatten, param_shardings, unflatten
+from llaso_jax.modeling.functional import (
+    Params,
+    bind,
+    decoding_params,
+    flatten,
+    param_shardings,
+    unflatten,
+)
 from llaso_jax.modeling.llama import KVCache
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.rules import FSDP_TENSOR, ShardingRules, constrain, to_spec, use_rules
@@ -119,6 +126,7 @@ def generate_tokens(
     capacity = bucket(generation.max_new_tokens)
     progress = programs.prefill(params, placed, ends.pad, capacity=capacity)
     until = np.int32(generation.max_new_tokens)
+    params = decoding_params(cfg, params)
     progress = programs.decode(params, progress, until, knobs, ends, method=method)
     tokens, lengths = programs.fetch((progress.tokens, progress.lengths))
     return Generated(tokens[:rows, : generation.max_new_tokens], lengths[:rows])
