@@ -141,7 +141,7 @@ def _reference_relation(q_ids, kv_ids, block_q, block_kv, causal):
 def test_block_pairs_of_packed_rows_are_exactly_those_that_interact(causal, block_q, block_kv):
     """Ids that only grow, and 0 behind them; 29 positions, so that the last block has padding."""
     ids = np.array([[1] * 9 + [2] * 12 + [0] * 8, [1] * 3 + [2] * 3 + [3] * 23, [0] * 29], np.int32)
-    padded = blocks.pad_ids(jnp.asarray(ids), jnp.asarray(ids), (29, 29), (32, 32))
+    padded = blocks.pad_ids(jnp.asarray(ids), jnp.asarray(ids), (29, 29), (block_q, block_kv))
     relation = np.asarray(blocks.relations(padded, block_q, block_kv, causal=causal))
     exact = _reference_relation(
         np.asarray(padded.q), np.asarray(padded.kv), block_q, block_kv, causal
