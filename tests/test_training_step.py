@@ -17,10 +17,10 @@ from training_setup import (
     PROJECTOR_AND_DECODER,
     Trainer,
     config,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
     read_batches,
     recipe,
     trainer,
-    write_inputs,
 )
 
 from llaso_jax.errors import ConfigError
@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(folder):
     """(model, 20 batches of the real pipeline, recipe folder)."""
-    folder = tmp_path_factory.mktemp("step")
-    write_inputs(folder)
     cfg = config(recipe(folder))
     return cfg.model, read_batches(cfg, STEPS), folder
 
