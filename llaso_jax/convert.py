@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.logging import RichHandler
 
-from llaso_jax.errors import LlasoError
+from llaso_jax.errors import user_errors
 from llaso_jax.modeling.frames import AUDIO_MODES
 
 EXAMPLES = """\
@@ -56,13 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # Help and mistyped flags are answered before JAX is loaded.
     from llaso_jax.conversion.commands import COMMANDS
-    from llaso_jax.sharding.rules import ShardingError
 
     console = Console(stderr=True, soft_wrap=True)
     try:
         with _logging_to(console):
             return COMMANDS[args.command](args, console)
-    except (LlasoError, ShardingError) as error:
+    except user_errors() as error:
         console.print(f"error ({type(error).__name__}): {error}", style="red", markup=False)
         return 1
 

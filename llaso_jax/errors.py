@@ -65,3 +65,14 @@ class NonFiniteLossError(LlasoError):
 
 class InterruptedRunError(LlasoError):
     """Training was asked to stop (Ctrl-C, SIGTERM) and has saved where it stood."""
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What a command shows as a message, without a traceback: LlasoError, and what lies below this package raises.
+
+    For `except user_errors() as error:`, which calls it when something was raised; it loads JAX.
+    """
+    from llaso_jax.modeling.kernels.attention.errors import UnsupportedAttentionError
+    from llaso_jax.sharding.rules import ShardingError
+
+    return LlasoError, ShardingError, UnsupportedAttentionError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llaso_jax.errors import LlasoError
+from llaso_jax.errors import user_errors
 
 EXAMPLES = """\
 examples:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True)
     try:
         return COMMANDS[args.command](args, console)
-    except LlasoError as error:
+    except user_errors() as error:
         console.print(f"error ({type(error).__name__}): {error}", style="red", markup=False)
         return 1
 

@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from llaso_jax.errors import ConfigError, user_errors
+
 if TYPE_CHECKING:
     from llaso_jax.data.samples import Sample
 
@@ -33,14 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warnings about forked workers
 
-    # Imported late: --help and a mistyped flag answer at once.
-    from llaso_jax.errors import LlasoError
-    from llaso_jax.modeling.kernels.attention.errors import UnsupportedAttentionError
-    from llaso_jax.sharding.rules import ShardingError
-
     try:
         _generate(args)
-    except (LlasoError, ShardingError, UnsupportedAttentionError) as error:
+    except user_errors() as error:
         sys.stderr.write(f"llaso generate: error: {error}\n")
         return EXIT_ERROR
     return 0
@@ -109,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from llaso_jax.errors import ConfigError
+    # Imported late: --help and a mistyped flag answer at once.
     from llaso_jax.inference.batched import generate_samples
     from llaso_jax.inference.model import LLaSOModel
     from llaso_jax.inference.processor import LLaSOProcessor

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from llaso_jax.errors import user_errors
+
 EXAMPLES = """examples:
   llaso shard-table --config llaso_base_instruct --mesh 8x1
   llaso shard-table --config llaso_base_align --mesh data=4,fsdp=2,tensor=8 --output table.txt
@@ -35,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from llaso_jax.config import load_config
-    from llaso_jax.errors import LlasoError
     from llaso_jax.planning.shards import recipe_shards
-    from llaso_jax.sharding.rules import ShardingError
 
     try:
         text = recipe_shards(load_config(args.config, args.overrides), args.mesh, stage=args.stage)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(text)
         else:
             args.output.write_text(text, encoding="utf-8")
-    except (LlasoError, ShardingError, OSError) as error:
+    except (*user_errors(), OSError) as error:
         sys.stderr.write(f"llaso shard-table: error: {error}\n")
         return EXIT_ERROR
     return 0

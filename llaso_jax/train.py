@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from llaso_jax.errors import InterruptedRunError, user_errors
+
 EXAMPLES = """examples:
   python -m llaso_jax.train --mesh 8x1
       the quickstart, on 8 devices (simulated where the machine has none)
@@ -69,9 +71,6 @@ def main(argv: list[str] | None = None) -> int:
 
     # Imported late: --help and a mistyped flag answer at once.
     from llaso_jax.config import load_config
-    from llaso_jax.errors import InterruptedRunError, LlasoError
-    from llaso_jax.modeling.kernels.attention.errors import UnsupportedAttentionError
-    from llaso_jax.sharding.rules import ShardingError
     from llaso_jax.training.run import train
 
     started = time.monotonic()
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             "[yellow]stopped[/]: run the same command again to continue from the last save."
         )
         return EXIT_INTERRUPTED
-    except (LlasoError, ShardingError, UnsupportedAttentionError) as error:
+    except user_errors() as error:
         sys.stderr.write(f"llaso train: error: {error}\n")
         return EXIT_ERROR
 

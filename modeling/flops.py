@@ -7,6 +7,7 @@ they match 2.27 TFLOP for 30 s through Whisper-large-v3's encoder.
 from llaso_jax.modeling.frames import CONV_STRIDE, encoder_frames, projected_frames
 from llaso_jax.modeling.functional import abstract_params
 from llaso_jax.modeling.llama import LlamaConfig
+from llaso_jax.modeling.lora import adapted_layer
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.modeling.whisper import WhisperConfig
 
@@ -15,9 +16,13 @@ def encoder_flops(cfg: WhisperConfig, mel_frames: int) -> float:
     """Forward FLOPs of one chunk of `mel_frames` frames."""
     t, d = encoder_frames(mel_frames), cfg.d_model
     matrices = 2 * cfg.encoder_layers * (4 * d * d + 2 * d * cfg.encoder_ffn_dim) * t
-    attention = 4 * cfg.encoder_layers * d * t * t
     convolutions = 2 * 3 * cfg.num_mel_bins * d * (CONV_STRIDE * t) + 2 * 3 * d * d * t
-    return matrices + attention + convolutions
+    return matrices + _encoder_attention_flops(cfg, mel_frames) + convolutions
+
+
+def _encoder_attention_flops(cfg: WhisperConfig, mel_frames: int) -> float:
+    """The share of `encoder_flops` without weights: scores and weighted values, every frame with every frame."""
+    return 4 * cfg.encoder_layers * cfg.d_model * encoder_frames(mel_frames) ** 2
 
 
 def projector_flops(cfg: SpeechLMConfig, mel_frames: int) -> float:
@@ -66,7 +71,7 @@ def train_flops(
     """
     encoder = encoder_flops(cfg.audio, mel_frames) * chunks
     frames = encoder_frames(mel_frames)
-    encoder_attention = 4 * cfg.audio.encoder_layers * cfg.audio.d_model * frames**2 * chunks
+    encoder_attention = _encoder_attention_flops(cfg.audio, mel_frames) * chunks
     projector = projector_flops(cfg, mel_frames) * chunks
     decoder = decoder_flops(cfg.text, positions) * rows
     attention = (
@@ -96,5 +101,5 @@ def _adapter_params(cfg: SpeechLMConfig, part: str) -> int:
     return sum(
         info.size
         for path, info in abstract_params(cfg).items()
-        if path.startswith(f"{part}/") and "/lora_" in path
+        if path.startswith(f"{part}/") and adapted_layer(path)
     )

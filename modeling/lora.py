@@ -55,7 +55,18 @@ class LoraRule:
     @property
     def scale(self) -> float:
         """Factor on B A x."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return lora_scale(self.alpha, self.rank, self.rank_stabilized)
+
+
+def lora_scale(alpha: float, rank: int, rank_stabilized: bool) -> float:
+    """Factor on B A x: alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+
+def adapted_layer(path: str) -> str | None:
+    """The linear layer whose adapter the parameter at `path` belongs to, None if it is of no adapter."""
+    linear, mark, _ = path.partition("/lora_")
+    return linear if mark else None
 
 
 def rule_for(path: str, rules: tuple[LoraRule, ...]) -> LoraRule | None:

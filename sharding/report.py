@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from jax.sharding import NamedSharding
 
+from llaso_jax.sharding.rules import mesh_axes_of
+
 
 class ShardRow(NamedTuple):
     """One parameter on a mesh.
@@ -32,8 +34,7 @@ def shard_row(
     """The row of one parameter; the mesh of `sharding` may be abstract."""
     layout = []
     for entry in (*sharding.spec, *[None] * (len(shape) - len(sharding.spec))):
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        layout.append("+".join(axes) or "-")
+        layout.append("+".join(mesh_axes_of(entry)) or "-")
     shard = sharding.shard_shape(shape)
     shards = math.prod(shape) // math.prod(shard)
     return ShardRow(

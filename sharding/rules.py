@@ -91,6 +91,11 @@ def to_spec(logical_axes: LogicalAxes, table: Mapping[str, MeshAxes]) -> P:
     return P(*entries)
 
 
+def mesh_axes_of(entry: str | MeshAxes | None) -> MeshAxes:
+    """Mesh axes in an entry of a PartitionSpec, which holds one axis as its bare name and none as None."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def check_divisible(
     name: str,
     shape: tuple[int, ...],
@@ -99,9 +104,8 @@ def check_divisible(
     mesh: Mesh | AbstractMesh,
 ) -> None:
     """Raise ShardingError unless each dimension of `shape` divides evenly over its mesh axes."""
-    for size, axis, mesh_axes in zip(shape, logical_axes, spec, strict=True):
-        # A PartitionSpec holds one mesh axis as its bare name.
-        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    for size, axis, entry in zip(shape, logical_axes, spec, strict=True):
+        names = mesh_axes_of(entry)
         parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
             split = "x".join(names)
@@ -175,8 +179,7 @@ def parts_of(logical_axis: str) -> int:
     active = _active.get()
     mesh, rules = active or (None, FSDP_TENSOR)
     (entry,) = to_spec((logical_axis,), rules.activation)
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names) if mesh is not None else 1
+    return math.prod(mesh.shape[name] for name in mesh_axes_of(entry)) if mesh is not None else 1
 
 
 def target_device() -> tuple[str, str]:

@@ -174,12 +174,19 @@ def test_without_layers_there_is_no_decoder(whisper, tmp_path):
             r"layer_norm.bias: \(5,\) given, \(32,\) needed",
         ),
         (
+            lambda s: s.update(
+                {"model.decoder.layer_norm.bias": torch.zeros(32, dtype=torch.int8)}
+            ),
+            e.TensorDtypeError,
+            "layer_norm.bias: int8",
+        ),
+        (
             lambda s: s.update({"proj_out.weight": torch.ones(60, 32)}),
             e.ConfigMismatchError,
             "proj_out.weight differs",
         ),
     ],
-    ids=["missing", "unknown", "shape", "another head"],
+    ids=["missing", "unknown", "shape", "dtype", "another head"],
 )
 def test_a_damaged_decoder_is_refused_and_its_encoder_still_comes_in(
     whisper, tmp_path, capsys, change, error, told

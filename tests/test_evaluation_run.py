@@ -191,6 +191,13 @@ def test_a_mistyped_checkpoint_leaves_nothing_that_stops_the_corrected_command(
     assert ask(checkpoint, small) == 0
 
 
+def test_a_mesh_that_is_no_mesh_is_told_in_words(checkpoint, small, capsys):  # noqa: F811
+    assert ask(checkpoint, small, "--mesh", "3y") == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "ShardingError" in told
+    assert "'3y' is not understood" in told
+
+
 def test_answers_of_another_checkpoint_or_other_questions_at_the_same_path_are_not_reused(
     checkpoint,  # noqa: F811
     small,

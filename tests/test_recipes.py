@@ -181,7 +181,7 @@ def test_unfrozen_differs_from_instruct_in_the_trained_parts_only():
 
 
 @pytest.mark.parametrize("name", LLASO_BASE)
-@pytest.mark.parametrize("mesh", ["8x1", "2x1"])
+@pytest.mark.parametrize("mesh", ["8x1", pytest.param("2x1", marks=pytest.mark.slow)])
 def test_a_step_of_llaso_base_traces_without_memory(name: str, mesh: str):
     """The whole step at its real shapes: gradients of the trainable tree only, state in, state out."""
     recipe = load_config(name)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from training_setup import (
     compilation_cache,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
     losses,
     recipe,
     records,
     run,
-    write_inputs,
     write_recipe,
 )
 
@@ -31,10 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(folder):
     """(folder with inputs, compiled programs and recipe; its losses and parameters, undisturbed)."""
-    folder = tmp_path_factory.mktemp("kill")
-    write_inputs(folder)
     tree = recipe(
         folder,
         stages=({"max_steps": STEPS}, {"max_steps": STEPS, "data": {"seed": 5}}),

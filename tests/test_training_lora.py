@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 from reference import jit
-from training_setup import PROJECTOR, compilation_cache, losses, recipe, run, write_inputs
+from training_setup import (
+    PROJECTOR,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
+    losses,
+    recipe,
+    run,
+    shared_programs,  # noqa: F401 - the fixture `compile_once`
+)
 
 from llaso_jax.conversion import load_model, read_info
 from llaso_jax.errors import ConfigError, InterruptedRunError
@@ -25,18 +32,9 @@ STAGE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Inputs, and in base/ a run whose weights the adapters are added to."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
+def _base(folder, compile_once):
+    """In base/ a run whose weights the adapters are added to."""
     run(recipe(folder, stages=({"parameters": list(PROJECTOR), "max_steps": 1},)), folder / "base")
-    return folder
 
 
 def adapted(folder, **changes):

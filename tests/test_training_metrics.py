@@ -6,11 +6,11 @@ import struct
 import pytest
 from training_setup import (
     PROJECTOR,
-    compilation_cache,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
     recipe,
     records,
     run,
-    write_inputs,
+    shared_programs,  # noqa: F401 - the fixture `compile_once`
 )
 
 from llaso_jax.modeling.flops import train_flops
@@ -21,17 +21,15 @@ PEAK = 1e12
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
+def output(folder):
     """A run of 4 steps with TensorBoard, logged every 2, on a device whose peak is (made) known."""
-    folder = tmp_path_factory.mktemp("metrics")
-    write_inputs(folder)
     tree = recipe(
         folder,
         stages=({"max_steps": 4, "parameters": list(PROJECTOR)},),
         logging={"every_steps": 2, "tensorboard": True},
     )
-    with pytest.MonkeyPatch.context() as patch, compilation_cache(folder / "compiled"):
-        run(tree, folder / "plain")
+    run(tree, folder / "plain")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "peak_flops", lambda kind: PEAK)
         run(tree, folder / "run", mesh="1x1")
     return folder / "run"

@@ -13,12 +13,12 @@ from tolerances import LEAF
 from training_setup import (
     PROJECTOR,
     PROJECTOR_AND_DECODER,
-    compilation_cache,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
     losses,
     recipe,
     records,
     run,
-    write_inputs,
+    shared_programs,  # noqa: F401 - the fixture `compile_once`
     write_recipe,
 )
 
@@ -31,19 +31,6 @@ from llaso_jax.training import loop
 
 STEPS = 4
 logger = logging.getLogger(__name__)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    with compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from training_setup import (
     PROJECTOR_AND_DECODER,
     Trainer,
     config,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
     read_batches,
     recipe,
     trainer,
-    write_inputs,
 )
 
 from llaso_jax.errors import ConfigError
@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(folder):
     """(model, 20 batches of the real pipeline, recipe folder)."""
-    folder = tmp_path_factory.mktemp("step")
-    write_inputs(folder)
     cfg = config(recipe(folder))
     return cfg.model, read_batches(cfg, STEPS), folder
 
@@ -68,7 +66,7 @@ def batches(inputs):
 # --- meshes and micro-batches ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
+@pytest.mark.parametrize("mesh", ["8x1", pytest.param("4x2", marks=pytest.mark.slow), "2x4"])
 def test_twenty_steps_give_the_same_losses_on_every_mesh(inputs, batches, mesh: str):
     expected_losses, expected_norms = _curve(inputs[0], "1x1", batches)
     losses, norms = _curve(inputs[0], mesh, batches)

@@ -13,13 +13,13 @@ from tolerances import LEAF
 from training_setup import (
     HELD_OUT,
     PROJECTOR,
-    compilation_cache,
     config,
+    inputs_folder,  # noqa: F401 - the fixture `folder`
     losses,
     recipe,
     records,
     run,
-    write_inputs,
+    shared_programs,  # noqa: F401 - the fixture `compile_once`
 )
 
 from llaso_jax.data.batch import make_batch
@@ -40,14 +40,6 @@ from llaso_jax.training.validation import Report, TaskScore, Validator
 
 REFERENCES = ["a", "ab", "abc", "abcd", "abcde", "abcdef", "abcdefg"]
 TASKS = ["ASR", "EE", "SGC", "ASR", "EE", "SGC", "ASR"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("validation")
-    write_inputs(folder)
-    with compilation_cache(folder / "compiled"):
-        yield folder
 
 
 def _tree(folder, file: str = "eval.json", **stage):

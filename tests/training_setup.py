@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import jax
 import numpy as np
+import pytest
 import soundfile as sf
 import yaml
 from data_corpus import PROMPT, ask, byte_tokenizer
@@ -101,6 +102,14 @@ def write_inputs(folder: Path, *, samples: int = 40) -> None:
     (corpus / "eval.json").write_text(json.dumps(held_out))
 
 
+@pytest.fixture(scope="module", name="folder")
+def inputs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the inputs of `recipe`, for the module that imports this."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
 def recipe(folder: Path, *, stages: tuple[dict[str, Any], ...] = ({},), **changes: Any) -> dict:
     """The recipe as a tree; `stages` and their `data` change fields of a small default stage."""
     tree: dict[str, Any] = {
@@ -175,6 +184,13 @@ def compilation_cache(folder: Path, *, plain: bool = True) -> Iterator[None]:
             yield
     finally:
         _configure(before)
+
+
+@pytest.fixture(scope="module", autouse=True, name="compile_once")
+def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`compilation_cache` around all tests of the module that imports this."""
+    with compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def _configure(settings: dict[str, Any]) -> None:

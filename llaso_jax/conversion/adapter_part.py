@@ -58,9 +58,8 @@ def adapter_part(
     _check_layers(where, by_linear, weight_slots)
     rules = _rules(by_linear, sources.adapter.config)
     adapted = dataclasses.replace(cfg, lora=rules)
-    named: dict[tuple[str, int | None], str] = {
-        (slot.path, slot.layer): name for name, slot in adapter_slots(adapted, parts).items()
-    }
+    adapters = adapter_slots(adapted, parts)
+    named = {(slot.path, slot.layer): name for name, slot in adapters.items()}
     tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         slot = weight_slots[name]
@@ -70,7 +69,7 @@ def adapter_part(
     record.note(
         f"{where} (LoRA) is kept apart from the weights: {len(by_linear)} kinds of linear layers"
     )
-    return rules, bind(where, tensors, adapter_slots(adapted, parts))
+    return rules, bind(where, tensors, adapters)
 
 
 def _place(part: str, sources: Sources, record: Record) -> Place | None:
@@ -78,6 +77,7 @@ def _place(part: str, sources: Sources, record: Record) -> Place | None:
     if sources.adapter_base == "llaso":
         return sources.in_llaso(part)
     of = {"llama": ("language_model", text_place), "whisper": ("audio_tower", tower_place)}
+    assert sources.adapter_base in of, sources.adapter_base
     whose, place = of[sources.adapter_base]
     return place(sources, record) if part == whose else None
 

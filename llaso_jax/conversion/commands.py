@@ -39,6 +39,7 @@ from llaso_jax.conversion.weights import Weights, gather_weights
 from llaso_jax.conversion.whisper_decoder import whisper_decoder
 from llaso_jax.conversion.writing import check_target
 from llaso_jax.errors import LlasoError
+from llaso_jax.modeling.lora import adapted_layer
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
 
@@ -91,14 +92,14 @@ def _open_sources(args: argparse.Namespace, files: Path) -> tuple[Weights, Path]
 
 def to_hf(args: argparse.Namespace, console: Console) -> int:
     """A model folder, or any source -> Hugging Face folders, block by block."""
+    base, adapted, prefixes = _adapter_base(args)
     parts_of = {
         args.output: PARTS,
         args.whisper: ("audio_tower",),
         args.llama: ("language_model",),
         args.projector: ("projector",),
+        args.adapter: adapted,
     }
-    if args.adapter:
-        parts_of[args.adapter] = _adapter_base(args)[1]
     wanted = {path: parts for path, parts in parts_of.items() if path}
     if not wanted:
         console.print(
@@ -116,10 +117,6 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
     cfg, files_from = weights.cfg, weights.folder
     # What may still be refused is, before anything is written.
     decoder = whisper_decoder(weights.whisper) if args.whisper and weights.whisper else None
-    if args.adapter:
-        base, parts, prefixes = _adapter_base(args)
-        parts = tuple(part for part in parts if part in weights.parts)
-        _check_whole(cfg, weights.parts, parts)
 
     def options(progress: OnTensor) -> ExportOptions:
         return ExportOptions(
@@ -131,6 +128,8 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
         )
 
     if args.adapter:
+        parts = tuple(part for part in adapted if part in weights.parts)
+        _check_whole(cfg, weights.parts, parts)
         with _bar(console, "adapter", len(adapter_slots(cfg, parts))) as progress:
             export_adapter(
                 args.adapter,
@@ -184,10 +183,10 @@ def to_hf(args: argparse.Namespace, console: Console) -> int:
 def _check_whole(cfg: SpeechLMConfig, there: tuple[str, ...], written: tuple[str, ...]) -> None:
     """Raise UnsupportedConfigError if adapters of parts that are `there` would be neither `written` nor merged."""
     rest = tuple(part for part in there if part not in written)
-    left = {slot.path.split("/lora_")[0] for slot in adapter_slots(cfg, rest).values()}
-    if left:
+    layers = {adapted_layer(slot.path) for slot in adapter_slots(cfg, rest).values()}
+    if left := sorted(filter(None, layers)):
         raise UnsupportedConfigError(
-            f"the model has adapters in {', '.join(sorted(left))} too, which an adapter of "
+            f"the model has adapters in {', '.join(left)} too, which an adapter of "
             f"{' and '.join(written)} would leave out: write the adapter with --output (LLaSO's names cover all "
             "parts), or leave --adapter out to merge them."
         )

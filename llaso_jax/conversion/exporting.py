@@ -5,7 +5,6 @@ Tensors leave the devices, or the files they come from, one by one while the fil
 
 import collections
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +51,7 @@ from llaso_jax.conversion.writing import (
     copy_files,
     new_file,
     new_folder,
+    write_json,
 )
 from llaso_jax.modeling.functional import Params
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
@@ -182,7 +182,7 @@ def export_whisper(
         config["architectures"] = ["WhisperForConditionalGeneration"]
     with new_folder(folder, overwrite=options.overwrite) as partial:
         tensors.write(partial)
-        _write_json(partial / "config.json", config)
+        write_json(partial / "config.json", config)
         if decoder and jax.process_index() == 0:
             decoder.write_files(partial, cfg.audio)
     return Path(folder).absolute()
@@ -263,7 +263,7 @@ def export_adapter(
     tensors = _Exporter(cfg, params, parts, table, options)
     with new_folder(folder, overwrite=options.overwrite) as partial:
         tensors.write(partial, "adapter_model")
-        _write_json(partial / ADAPTER_CONFIG, config)
+        write_json(partial / ADAPTER_CONFIG, config)
     return Path(folder).absolute()
 
 
@@ -350,7 +350,7 @@ class _Exporter:
                 name: file for file, specs in zip(names, shards, strict=True) for name in specs
             }
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(folder / f"{stem}.safetensors.index.json", index)
+            write_json(folder / f"{stem}.safetensors.index.json", index)
 
     def write_aligner(self, path: Path) -> None:
         """The projector alone, as upstream's stage 1 leaves it."""
@@ -418,16 +418,11 @@ def _shard(specs: Specs, max_bytes: int) -> list[Specs]:
 def _write_text_files(folder: Path, config: Json, files_from: str | Path | None) -> None:
     if jax.process_index() != 0:
         return
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     source = Path(files_from) if files_from is not None else None
     copy_files(source, folder, (*TOKENIZER_FILES, GENERATION_CONFIG))
     if not (folder / GENERATION_CONFIG).exists():
         ids = {
             k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config
         }
-        _write_json(folder / GENERATION_CONFIG, {**ids, "do_sample": False})
-
-
-def _write_json(path: Path, value: Json) -> None:
-    if jax.process_index() == 0:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / GENERATION_CONFIG, {**ids, "do_sample": False})

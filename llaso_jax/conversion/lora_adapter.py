@@ -6,7 +6,6 @@ Sources: peft/utils/save_and_load.py (names), peft/tuners/lora/layer.py `get_del
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from llaso_jax.conversion.errors import (
 )
 from llaso_jax.conversion.source import ADAPTER_CONFIG, Source
 from llaso_jax.conversion.tensors import ComputedTensor, Tensor
+from llaso_jax.modeling.lora import lora_scale
 
 _WRAPPER = "base_model.model."
 _HALF = re.compile(
@@ -44,7 +44,7 @@ class Pair:
     @property
     def scale(self) -> float:
         """The factor on B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)
+        return lora_scale(self.alpha, self.rank, self.stabilized)
 
     @property
     def rank(self) -> int:

@@ -6,25 +6,19 @@ from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.lora_adapter import merged_tensor
 from llaso_jax.conversion.tables import base_of
 from llaso_jax.conversion.weights import Weights
-from llaso_jax.modeling.lora import rule_for
+from llaso_jax.modeling.lora import adapted_layer, rule_for
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
-
-_HALF = "/lora_A/weight"
 
 
 def merge_pieces(cfg: SpeechLMConfig, pieces: Pieces) -> Pieces:
     """The parameters of `cfg` without adapters: each changed weight keeps its dtype; nothing is read yet."""
-    merged = {path: layers for path, layers in pieces.items() if "/lora_" not in path}
-    for path, halves in pieces.items():
-        if not path.endswith(_HALF):
-            continue
-        linear = path.removesuffix(_HALF)
+    merged = {path: layers for path, layers in pieces.items() if adapted_layer(path) is None}
+    for linear in sorted({layer for path in pieces if (layer := adapted_layer(path))}):
         rule = rule_for(linear, cfg.lora)
         assert rule is not None, linear
-        changes = zip(
-            merged[f"{linear}/weight"], halves, pieces[f"{linear}/lora_B/weight"], strict=True
-        )
-        merged[f"{linear}/weight"] = [merged_tensor(w, a, b, rule.scale) for w, a, b in changes]
+        names = ("weight", "lora_A/weight", "lora_B/weight")
+        layers = zip(*(pieces[f"{linear}/{name}"] for name in names), strict=True)
+        merged[f"{linear}/weight"] = [merged_tensor(w, a, b, rule.scale) for w, a, b in layers]
     return merged
 
 

@@ -5,7 +5,6 @@ beside them tokenizer files and generation_config.json as Hugging Face writes th
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,13 @@ from llaso_jax.conversion.source import read_json
 from llaso_jax.conversion.tables import PARTS, part_infos
 from llaso_jax.conversion.tensors import target_dtype
 from llaso_jax.conversion.weights import Weights
-from llaso_jax.conversion.writing import GENERATION_CONFIG, TOKENIZER_FILES, copy_files, new_folder
+from llaso_jax.conversion.writing import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    copy_files,
+    new_folder,
+    write_json,
+)
 from llaso_jax.errors import CheckpointError
 from llaso_jax.modeling.functional import (
     ParamInfo,
@@ -177,7 +182,7 @@ def _write_folder(
                 "model": dataclasses.asdict(info.cfg),
                 "hf_config": info.hf_config,
             }
-            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_json(partial / CONFIG, config)
             source = Path(tokenizer_files_from) if tokenizer_files_from is not None else None
             copy_files(source, partial, (*TOKENIZER_FILES, GENERATION_CONFIG))
     return Path(folder).absolute()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from llaso_jax.conversion.errors import UnsupportedConfigError
 from llaso_jax.conversion.hf_config import Json
 from llaso_jax.conversion.tables import PEFT_PREFIX, Slot
-from llaso_jax.modeling.lora import LoraRule, rule_for
+from llaso_jax.modeling.lora import LoraRule, adapted_layer, rule_for
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 
 _HALF = ".lora_A.weight"
@@ -28,7 +28,8 @@ def adapter_config(cfg: SpeechLMConfig, table: Mapping[str, Slot], base_model: s
             kind = (
                 module if slot.layer is None else re.sub(r"\.\d+\\\.", r".\\d+\\.", module, count=1)
             )
-            rule = rule_for(slot.path.removesuffix("/lora_A/weight"), cfg.lora)
+            linear = adapted_layer(slot.path)
+            rule = rule_for(linear, cfg.lora) if linear else None
             assert rule is not None, slot.path
             rules[kind] = rule
     if not rules:

@@ -92,7 +92,7 @@ class Sources:
                 + (f", besides {given}." if (given := " and ".join(self._by_kind)) else ".")
             )
         self.adapter_pairs: dict[str, Pair] = {}
-        self.adapter_base: Kind = "llama"
+        self.adapter_base: Kind | None = None
         if self.adapter is not None:
             base = base_of(self.adapter, [s for s in (self.text, self.whisper) if s])
             self.adapter_base = base.kind

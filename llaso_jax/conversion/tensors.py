@@ -92,6 +92,13 @@ def row_boxes(
         yield (slice(start, min(start + step, rows)), *whole(tuple(columns)))
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape and equal values; read by rows of `a`."""
+    return a.shape == b.shape and all(
+        np.array_equal(a.read(box), b.read(box)) for box in row_boxes(a, a.shape)
+    )
+
+
 class ByteFile:
     """Read-only bytes of one file, or of several that continue each other."""
 

@@ -1,24 +1,16 @@
 """The decoder of a Whisper, which this project does not run: handed on to a stock Whisper folder as it came."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from llaso_jax.conversion.errors import (
-    ConfigMismatchError,
-    MissingTensorError,
-    TensorShapeError,
-    UnexpectedTensorError,
-    listing,
-)
+from llaso_jax.conversion.binding import bind
+from llaso_jax.conversion.errors import ConfigMismatchError, MissingTensorError
 from llaso_jax.conversion.hf_config import Json
 from llaso_jax.conversion.source import Source, read_json
-from llaso_jax.conversion.tensors import Tensor, row_boxes
-from llaso_jax.conversion.writing import GENERATION_CONFIG, TOKENIZER_FILES, copy_files
+from llaso_jax.conversion.tables import Slot
+from llaso_jax.conversion.tensors import Tensor, same_values
+from llaso_jax.conversion.writing import GENERATION_CONFIG, TOKENIZER_FILES, copy_files, write_json
 from llaso_jax.modeling.whisper import WhisperConfig
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -48,9 +40,9 @@ class WhisperDecoder:
         """Tokenizer, generation settings and feature extractor into `folder`: copied, or made where they can be."""
         copy_files(self.folder, folder, (*TOKENIZER_FILES, GENERATION_CONFIG, PREPROCESSOR))
         if not (folder / GENERATION_CONFIG).exists():
-            _write(folder / GENERATION_CONFIG, _generation_config(self))
+            write_json(folder / GENERATION_CONFIG, _generation_config(self))
         if not (folder / PREPROCESSOR).exists():
-            _write(
+            write_json(
                 folder / PREPROCESSOR,
                 {
                     "feature_extractor_type": "WhisperFeatureExtractor",
@@ -70,7 +62,8 @@ def whisper_decoder(source: Source) -> WhisperDecoder | None:
     """The decoder beside the encoder of a Whisper, None if it has no layers.
 
     Raises:
-      MissingTensorError, UnexpectedTensorError, TensorShapeError: it is not a whole Whisper decoder.
+      MissingTensorError, UnexpectedTensorError, TensorShapeError, TensorDtypeError: it is not a whole Whisper
+        decoder.
       ConfigMismatchError: a head that is not the token table, or a vocabulary whose special tokens are not known.
     """
     tensors = {
@@ -84,23 +77,13 @@ def whisper_decoder(source: Source) -> WhisperDecoder | None:
     where = str(source.path)
     sizes = _sizes(where, tensors, max(layers) + 1)
     needed = _shapes(sizes, tensors[_TABLE].shape[1])
-    if missing := [name for name in needed if name not in tensors]:
-        raise MissingTensorError(
-            f"the decoder of {where} lacks {len(missing)} tensors:\n{listing(missing)}"
-        )
-    if unexpected := [name for name in tensors if name not in needed]:
-        raise UnexpectedTensorError(
-            f"the decoder of {where} has {len(unexpected)} unknown tensors:\n{listing(unexpected)}"
-        )
-    wrong = [
-        f"{name}: {tensors[name].shape} given, {shape} needed"
-        for name, shape in needed.items()
-        if tensors[name].shape != shape
-    ]
-    if wrong:
-        raise TensorShapeError(f"the decoder of {where} has other shapes:\n{listing(wrong)}")
+    bind(
+        f"the decoder of {where}",
+        tensors,
+        {name: Slot(name, None, shape, shape) for name, shape in needed.items()},
+    )
     head = source.tensors.get(_HEAD)
-    if head is not None and not _equal(head, tensors[_TABLE]):
+    if head is not None and not same_values(head, tensors[_TABLE]):
         raise ConfigMismatchError(
             f"{where}: {_HEAD} differs from the token table, to which every Whisper's head is tied."
         )
@@ -145,12 +128,6 @@ def _shapes(sizes: dict[str, int], width: int) -> dict[str, tuple[int, ...]]:
         of |= {"fc2.weight": (width, ffn), "fc2.bias": (width,)}
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in of.items()}
     return shapes
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and all(
-        np.array_equal(a.read(box), b.read(box)) for box in row_boxes(a, a.shape)
-    )
 
 
 def _special_ids(where: str, vocab_size: int) -> Json:
@@ -208,7 +185,3 @@ def _added_tokens(tokenizer: Path) -> dict[str, int]:
     if not tokenizer.is_file():
         return {}
     return {token["content"]: token["id"] for token in read_json(tokenizer).get("added_tokens", [])}
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

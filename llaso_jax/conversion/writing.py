@@ -1,9 +1,11 @@
 """Folders that are whole or not there: written under another name, renamed when complete."""
 
 import contextlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -124,6 +126,12 @@ def _replace(target: Path, partial: Path) -> None:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """`value` as indented JSON, written by the first process."""
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path | None, target: Path, names: tuple[str, ...]) -> list[str]:

@@ -84,6 +84,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
 
 
+def _settings(
+    args: argparse.Namespace, protocols: tuple[Protocol, ...], *, examples: int
+) -> Settings:
+    bootstrap = Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed)
+    return Settings(protocols=protocols, bootstrap=bootstrap, examples=examples)
+
+
 def _compare_perturbed(
     args: argparse.Namespace, clean: Path, perturbed: Path, tasks: TaskFiles, judge: Judge | None
 ) -> Comparison:
@@ -91,11 +98,7 @@ def _compare_perturbed(
     (variant,) = find_models([perturbed], list(tasks))
     asked = {file: spec for file, spec in tasks.items() if file in variant.files}
     (base,) = find_models([clean], list(asked))
-    settings = Settings(
-        protocols=_PROTOCOLS[args.protocol][-1:],
-        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
-        examples=0,
-    )
+    settings = _settings(args, _PROTOCOLS[args.protocol][-1:], examples=0)
     return compare_models(base, variant, asked, judge, settings)
 
 
@@ -110,11 +113,7 @@ def _score(
     robustness: Mapping[str, Any] | None = None,
     limit: int | None = None,
 ) -> int:
-    settings = Settings(
-        protocols=_PROTOCOLS[args.protocol],
-        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
-        examples=args.examples,
-    )
+    settings = _settings(args, _PROTOCOLS[args.protocol], examples=args.examples)
     scored = score_models(models, tasks, judge, settings, console)
     described = describe_judge(judge)
     coverage = seen_and_unseen(scored, tasks, training, settings.protocols[-1])
@@ -231,11 +230,7 @@ def compare(args: argparse.Namespace, console: Console) -> int:
             f"{', '.join(model.name for model in pair)}. Name one model's folder each."
         )
     pair = distinct_names(pair)
-    settings = Settings(
-        protocols=_PROTOCOLS[args.protocol],
-        bootstrap=Bootstrap(samples=args.bootstrap, seed=args.bootstrap_seed),
-        examples=args.examples,
-    )
+    settings = _settings(args, _PROTOCOLS[args.protocol], examples=args.examples)
     judge = make_judge(args)
     output = writable_folder(args.output) if args.output else None
     described = describe_judge(judge)

@@ -142,31 +142,34 @@ def _accuracy(score: FileScore, spec: TaskFile, p: Predictions, protocols: Proto
         score.put("paper", labels.substring_accuracy(p.references, p.answers))
     if "corrected" not in protocols:
         return
-    known = labels.label_set(p.references, spec.labels)
-    find = labels.LabelFinder(known)
-    truth = [labels.label_text(text) for text in p.references]
-    found = [find(labels.label_text(text)) for text in p.answers]
-    one = labels.exactly_one(found)
-    score.put("corrected", _right(truth, one))
-    score.put("invalid_corrected", mean([label is None for label in one]))
+    known, find, truth, one = _closed_set(score, spec, p, _right)
     score.entry["balanced_corrected"] = balanced_accuracy(truth, one)
     score.entry["chance"] = 1 / len(known)
     translated = [find(labels.with_synonyms(text, known)) for text in p.answers]
     score.put("corrected_synonyms", _right(truth, labels.exactly_one(translated)))
-    score.confusion = (known, confusions(truth, one, known))
 
 
 def _macro_f1(score: FileScore, spec: TaskFile, p: Predictions, protocols: Protocols) -> None:
     score.put("abstention", labels.abstention(p.references, p.answers, spec.labels))
-    if "corrected" not in protocols:
-        return
+    if "corrected" in protocols:
+        _closed_set(score, spec, p, macro_f1)
+
+
+def _closed_set(
+    score: FileScore,
+    spec: TaskFile,
+    p: Predictions,
+    metric: Callable[[Sequence[str], Sequence[str | None]], Statistic],
+) -> tuple[tuple[str, ...], labels.LabelFinder, list[str], list[str | None]]:
+    """Score answers from a set of labels; returns the labels, their finder, and what is right and what was found."""
     known = labels.label_set(p.references, spec.labels)
     find = labels.LabelFinder(known)
     truth = [labels.label_text(text) for text in p.references]
     one = labels.exactly_one([find(labels.label_text(text)) for text in p.answers])
-    score.put("corrected", macro_f1(truth, one))
+    score.put("corrected", metric(truth, one))
     score.put("invalid_corrected", mean([label is None for label in one]))
     score.confusion = (known, confusions(truth, one, known))
+    return known, find, truth, one
 
 
 def _right(truth: Sequence[str], found: Sequence[str | None]) -> Statistic:

@@ -17,6 +17,7 @@ import optax
 
 from llaso_jax.errors import ConfigError
 from llaso_jax.modeling.functional import Params, flatten, unflatten
+from llaso_jax.modeling.lora import adapted_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def learning_rate_scales(
 def trains_weights(scales: Mapping[str, float | None], part: str) -> bool:
     """Whether weights of `part` are trained: its own, not only adapters beside them."""
     return any(
-        scale is not None and path.startswith(f"{part}/") and "/lora_" not in path
+        scale is not None and path.startswith(f"{part}/") and adapted_layer(path) is None
         for path, scale in scales.items()
     )
 

@@ -51,17 +51,17 @@ def pad_ids(
     q_ids: jax.Array | None,
     kv_ids: jax.Array | None,
     lengths: tuple[int, int],
-    padded: tuple[int, int],
+    blocks: tuple[int, int],
 ) -> Padded:
-    """Segment ids of padded queries and keys; without any, all `lengths` positions are one segment."""
+    """Segment ids of queries and keys up to whole `blocks`; without any, all `lengths` positions are one segment."""
 
-    def of(ids: jax.Array | None, length: int, total: int, filler: int) -> Any:
+    def of(ids: jax.Array | None, length: int, block: int, filler: int) -> Any:
         known = np.zeros((1, length), np.int32) if ids is None else ids
-        room = ((0, 0), (0, total - length))
+        room = ((0, 0), (0, whole_blocks(length, block) - length))
         return _like(known).pad(known, room, constant_values=filler).astype(np.int32)
 
     return Padded(
-        of(q_ids, lengths[0], padded[0], Q_PADDING), of(kv_ids, lengths[1], padded[1], KV_PADDING)
+        of(q_ids, lengths[0], blocks[0], Q_PADDING), of(kv_ids, lengths[1], blocks[1], KV_PADDING)
     )
 
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llaso_jax.modeling.kernels.attention.blocks import FLOOR
-from llaso_jax.modeling.kernels.attention.residuals import named
+from llaso_jax.modeling.kernels.attention.blocks import FLOOR, even_block
+from llaso_jax.modeling.kernels.attention.residuals import differentiable, named
 from llaso_jax.modeling.kernels.chunks import cut, join
 
 CHUNK = 128
 """Most queries of a head whose scores are there at a time."""
-LANES = 8
+VECTOR = 8
 """Chunks of more queries are a multiple of it: the f32 entries of an AVX register."""
 STRIPS = 8
 """Causal queries are cut into at most so many strips, each with the keys up to its end: 56 % of all scores."""
@@ -54,18 +54,9 @@ def chunked_attention(
     chunk: int = CHUNK,
 ) -> jax.Array:
     """See `llaso_jax.modeling.kernels.attention.attention`. Memory: chunk*N/K*T f32 scores, of one head at a time."""
-    options = Options(causal, _even_chunk(q.shape[1], chunk))
+    length = q.shape[1]
+    options = Options(causal, min(chunk, even_block(length, chunk, VECTOR), length))
     return _attention(q, k, v, q_segment_ids, kv_segment_ids, options)
-
-
-def _even_chunk(length: int, most: int) -> int:
-    """Queries of each chunk, at most `most`, so that the last chunk is about as full as the others."""
-    even = -(-length // -(-length // most))
-    return min(most, -(-even // LANES) * LANES, length)
-
-
-def _value(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options) -> jax.Array:
-    return _forward(q, k, v, q_ids, kv_ids, options)[0]
 
 
 def _forward(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options):
@@ -82,11 +73,10 @@ def _backward(options: Options, saved, d_out: jax.Array):
     step = functools.partial(_head_backward, options)
     d_q, d_k, d_v = jax.lax.map(step, (heads, out, lse, d_heads))
     d_k, d_v = (_keys_of(x, batch) for x in (d_k, d_v))
-    return _queries_of(d_q, (batch, length, count, width)), d_k, d_v, None, None
+    return _queries_of(d_q, (batch, length, count, width)), d_k, d_v
 
 
-_attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
-_attention.defvjp(_forward, _backward)
+_attention = differentiable(_forward, _backward)
 
 
 def _heads(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any) -> Head:

@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from llaso_jax.modeling.kernels.attention.blocks import pad_ids, whole_blocks
+from llaso_jax.modeling.kernels.attention.blocks import pad_ids
 from llaso_jax.modeling.kernels.attention.errors import check_platform
 from llaso_jax.modeling.kernels.attention.pallas_tpu.common import heads_first, heads_last
 from llaso_jax.modeling.kernels.attention.pallas_tpu.sizes import BlockSizes, block_sizes
@@ -36,14 +36,14 @@ def splash_attention(
     check_platform("splash", "tpu", platform)
     lengths = q.shape[1], k.shape[1]
     size = sizes or block_sizes("backward", kind, *lengths, q.dtype.itemsize)
-    padded = whole_blocks(lengths[0], size.q), whole_blocks(lengths[1], size.kv)
-    kernel = _kernel(q.shape[2], padded, size, causal, platform == "cpu")
     # The kernel has no scale of its own.
     queries = heads_first(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), size.q)
     keys, values = (heads_first(array, size.kv) for array in (k, v))
+    padded = queries.shape[2], keys.shape[2]
+    kernel = _kernel(q.shape[2], padded, size, causal, platform == "cpu")
     ids = None
     if q_segment_ids is not None or padded != lengths:
-        both = pad_ids(q_segment_ids, kv_segment_ids, lengths, padded)
+        both = pad_ids(q_segment_ids, kv_segment_ids, lengths, size)
         per_row = (jnp.broadcast_to(x, (len(q), x.shape[1])) for x in both)
         ids = splash_attention_kernel.SegmentIds(*per_row)
     out = heads_last(cast(jax.Array, jax.vmap(kernel)(queries, keys, values, ids)), lengths[0])

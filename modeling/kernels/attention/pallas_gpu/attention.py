@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llaso_jax.modeling.kernels.attention.blocks import pad_ids, relations, spans, whole_blocks
+from llaso_jax.modeling.kernels.attention.blocks import pad_ids, relations, spans
 from llaso_jax.modeling.kernels.attention.errors import (
     check_dtypes,
     check_head_dim,
@@ -15,7 +15,7 @@ from llaso_jax.modeling.kernels.attention.pallas_gpu.backward import Rows, backw
 from llaso_jax.modeling.kernels.attention.pallas_gpu.common import Inputs, Static
 from llaso_jax.modeling.kernels.attention.pallas_gpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_gpu.sizes import BACKWARD, FORWARD, BlockSizes
-from llaso_jax.modeling.kernels.attention.residuals import named
+from llaso_jax.modeling.kernels.attention.residuals import Ids, differentiable, named
 from llaso_jax.sharding.rules import target_device
 
 
@@ -61,21 +61,11 @@ def gpu_attention(
     return _attention(q, k, v, q_segment_ids, kv_segment_ids, plan)
 
 
-Ids = jax.Array | None
-
-
 def _inputs(
     q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, size: BlockSizes
 ) -> Inputs:
-    lengths = q.shape[1], k.shape[1]
-    padded = whole_blocks(lengths[0], size.q), whole_blocks(lengths[1], size.kv)
-    return Inputs(q, k, v, pad_ids(q_ids, kv_ids, lengths, padded))
-
-
-def _value(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan
-) -> jax.Array:
-    return _forward(q, k, v, q_ids, kv_ids, plan)[0]
+    ids = pad_ids(q_ids, kv_ids, (q.shape[1], k.shape[1]), (size.q, size.kv))
+    return Inputs(q, k, v, ids)
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan):
@@ -96,8 +86,7 @@ def _backward(plan: Plan, saved, d_out: jax.Array):
     static = plan.static(size, q, k)
     d_q = backward_q(inputs, rows, spans(relation), static)
     d_k, d_v = backward_kv(inputs, rows, spans(relation.swapaxes(1, 2)), static)
-    return d_q, d_k, d_v, None, None
+    return d_q, d_k, d_v
 
 
-_attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
-_attention.defvjp(_forward, _backward)
+_attention = differentiable(_forward, _backward)

@@ -11,7 +11,6 @@ from llaso_jax.modeling.kernels.attention.blocks import (
     relations,
     schedule,
     score_scale,
-    whole_blocks,
 )
 from llaso_jax.modeling.kernels.attention.errors import check_dtypes, check_platform
 from llaso_jax.modeling.kernels.attention.pallas_tpu.backward import Rows, backward_kv, backward_q
@@ -23,7 +22,7 @@ from llaso_jax.modeling.kernels.attention.pallas_tpu.common import (
 )
 from llaso_jax.modeling.kernels.attention.pallas_tpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_tpu.sizes import BlockSizes, block_sizes
-from llaso_jax.modeling.kernels.attention.residuals import named
+from llaso_jax.modeling.kernels.attention.residuals import Ids, differentiable, named
 from llaso_jax.sharding.rules import target_device
 
 
@@ -69,30 +68,19 @@ def tpu_attention(
     return _attention(q, k, v, q_segment_ids, kv_segment_ids, plan)
 
 
-Ids = jax.Array | None
-
-
 def _prepare(
     q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, size: BlockSizes
 ) -> Inputs:
-    lengths = q.shape[1], k.shape[1]
-    padded = whole_blocks(lengths[0], size.q), whole_blocks(lengths[1], size.kv)
     return Inputs(
         heads_first(q, size.q),
         heads_first(k, size.kv),
         heads_first(v, size.kv),
-        pad_ids(q_ids, kv_ids, lengths, padded),
+        pad_ids(q_ids, kv_ids, (q.shape[1], k.shape[1]), size),
     )
 
 
 def _static(plan: Plan, size: BlockSizes, head_dim: int) -> Static:
     return Static(plan.causal, size, score_scale(head_dim), plan.interpret)
-
-
-def _value(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan
-) -> jax.Array:
-    return _forward(q, k, v, q_ids, kv_ids, plan)[0]
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan):
@@ -119,8 +107,7 @@ def _backward(plan: Plan, saved, d_out: jax.Array):
     d_q = backward_q(inputs, rows, by_q, static)
     d_k, d_v = backward_kv(inputs, rows, by_kv, static)
     length = k.shape[1]
-    return heads_last(d_q, q.shape[1]), heads_last(d_k, length), heads_last(d_v, length), None, None
+    return heads_last(d_q, q.shape[1]), heads_last(d_k, length), heads_last(d_v, length)
 
 
-_attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
-_attention.defvjp(_forward, _backward)
+_attention = differentiable(_forward, _backward)
