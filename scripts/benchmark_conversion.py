@@ -1,6 +1,6 @@
 """Time and memory of conversion on a random checkpoint of LLaSO-Base's size, against transformers.
 
-python scripts/benchmark_conversion.py --work DIR [--repeats 3] [--size base] [--mesh 8x1]
+python scripts/benchmark_conversion.py --work DIR [--repeats 3] [--size base] [--mesh 8x1] [--tasks load shards ...]
 
 Makes a checkpoint in LLaSO layout (bfloat16; `base`: 3.8 B parameters, 7.7 GB) and the same weights as stock Llama
 and Whisper folders, if DIR has none yet. Then, each in a process of its own and all in turn:
@@ -8,7 +8,8 @@ and Whisper folders, if DIR has none yet. Then, each in a process of its own and
   mapped         from_pretrained of the Llama and the Whisper folder with torch: views of the mapped files, whose
                  pages are touched
   transformers   the same, every weight then copied to memory of its own, as training and devices need it
-  load           the LLaSO folder onto the devices of the mesh (`load_params`)
+  load           the LLaSO folder onto one device (`load_params`): as many copies as transformers makes
+  shards         the same onto the devices of the mesh: every row of a matrix goes to several arrays
   import         the LLaSO folder into a model folder (`llaso convert from-hf`)
   export         that model folder into a LLaSO folder (`llaso convert to-hf`)
 
@@ -19,6 +20,7 @@ dropped (as far as the kernel can).
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +37,7 @@ SOURCES_OF = {
     "mapped": ("llama", "whisper"),
     "transformers": ("llama", "whisper"),
     "load": ("llaso",),
+    "shards": ("llaso",),
     "import": ("llaso",),
     "export": ("model",),
 }
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--mesh", default="8x1")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--cold", action="store_true", help="drop the sources from the page cache")
     parser.add_argument("--task", choices=("make", *TASKS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -58,28 +62,33 @@ def main() -> None:
         return
     if not (args.work / "llaso" / "config.json").is_file():
         child(args, "make")
-    rows: dict[str, list[dict[str, float]]] = {task: [] for task in TASKS}
+    rows: dict[str, list[dict[str, float]]] = {task: [] for task in args.tasks}
     for _ in range(args.repeats):
         for task, results in rows.items():
             results.append(child(args, task))
-    differing = compare(args.work / "llaso", args.work / "exported")
+    compared = "export" in args.tasks
+    differing = compare(args.work / "llaso", args.work / "exported") if compared else []
     print(
         f"size {args.size}, mesh {args.mesh}, {'cold' if args.cold else 'warm'} cache, bfloat16, "
     )
     print(f"{args.repeats} repeats; load average now {os.getloadavg()[0]:.1f}")
-    print(f"exported files that differ from the first: {differing or 'none'}")
+    if compared:
+        print(f"exported files that differ from the first: {differing or 'none'}")
     print(
         "| task | seconds: median (least to most) | x transformers | peak memory above base, GB |"
     )
     print("|---|---|---|---|")
-    reference = statistics.median(row["seconds"] for row in rows["transformers"])
+    reference = None
+    if "transformers" in rows:
+        reference = statistics.median(row["seconds"] for row in rows["transformers"])
     for task, results in rows.items():
         seconds = [row["seconds"] for row in results]
         median = statistics.median(seconds)
         memory = max(row["gigabytes"] for row in results)
+        factor = f"{median / reference:.2f}" if reference else ""
         print(
             f"| {task} | {median:.1f} ({min(seconds):.1f} to {max(seconds):.1f}) "
-            f"| {median / reference:.2f} | {memory:.2f} |"
+            f"| {factor} | {memory:.2f} |"
         )
     if differing:
         raise SystemExit(1)
@@ -112,7 +121,8 @@ def run_task(args: argparse.Namespace) -> dict[str, float]:
         "make": make_checkpoint,
         "mapped": load_with_transformers,
         "transformers": load_with_transformers,
-        "load": load_onto_devices,
+        "load": functools.partial(load_onto_devices, "1x1"),
+        "shards": functools.partial(load_onto_devices, args.mesh),
         "import": import_to_orbax,
         "export": export_to_llaso,
     }[args.task]
@@ -223,13 +233,13 @@ def load_with_transformers(args: argparse.Namespace) -> Callable[[], None]:
     return load
 
 
-def load_onto_devices(args: argparse.Namespace) -> Callable[[], None]:
-    """The LLaSO folder as sharded arrays."""
+def load_onto_devices(mesh_text: str, args: argparse.Namespace) -> Callable[[], None]:
+    """The LLaSO folder as arrays on a mesh."""
     from llaso_jax.conversion import gather_weights, load_params
     from llaso_jax.modeling.functional import param_shardings
     from llaso_jax.sharding.mesh import make_mesh
 
-    mesh = make_mesh(args.mesh)
+    mesh = make_mesh(mesh_text)
 
     def load() -> None:
         weights = gather_weights(args.work / "llaso")
