@@ -34,7 +34,8 @@ A run that was interrupted continues when the same command is given again, on th
 in the same or another number of processes.
 
 exit codes: 0 finished; 1 something cannot be used, the message says what; 2 wrong usage; 75 interrupted
-(Ctrl-C, SIGTERM) or another process lost: the same command continues
+(Ctrl-C, SIGTERM) or another process lost: the same command continues; so it does after 134, with which
+JAX ends a process when the first of them is lost
 """
 
 EXIT_ERROR = 1
