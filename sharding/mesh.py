@@ -71,7 +71,8 @@ def provide_cpu_devices(count: int) -> None:
 
 
 def make_mesh(text: str, *, devices: list[Any] | None = None) -> Mesh:
-    """Mesh with the axes of `MESH_AXES` over `devices` (default: all, virtual ones on a CPU-only machine).
+    """Mesh with the axes of `MESH_AXES` over `devices` (default: all of all processes; on machines
+    with nothing but CPUs virtual ones, made here unless processes that run together made theirs).
 
     Raises:
       ShardingError: the mesh needs another number of devices than there are.
@@ -79,9 +80,11 @@ def make_mesh(text: str, *, devices: list[Any] | None = None) -> Mesh:
     sizes = parse_mesh(text)
     needed = math.prod(sizes.values())
     if devices is None:
-        provide_cpu_devices(needed)
+        together = jax.distributed.is_initialized()
+        if not together:
+            provide_cpu_devices(needed)
         devices = jax.devices()
-        if devices[0].platform == "cpu":
+        if devices[0].platform == "cpu" and not together:
             # The CPU can stand in for any mesh up to the number of devices it simulates.
             devices = devices[:needed]
             if needed > 1:

@@ -126,6 +126,15 @@ MISTAKES = {
         ["--mesh", "32x1", "stages.0.data.rows=16"],
         ["16 rows per micro-batch", "32", "data.rows"],
     ),
+    "lanes that do not divide": Mistake(
+        ["stages.0.data.rows=16", "stages.0.data.lanes=3"],
+        ["16 rows per micro-batch", "data.lanes=3"],
+    ),
+    "processes incomplete": Mistake(["--processes", "2"], ["--coordinator and --process-id"]),
+    "processes that do not exist": Mistake(
+        ["--processes", "2", "--process-id", "2", "--coordinator", "localhost:1"],
+        ["--process-id 2 of --processes 2", "0 to 1"],
+    ),
     "mesh that is no mesh": Mistake(["--mesh", "8 by 1"], ["'8 by 1'", "write 8x1"]),
     "mesh axis unknown": Mistake(["--mesh", "dada=2"], ["'dada'", "data, fsdp, tensor, context"]),
     "mesh axis empty": Mistake(["--mesh", "0x1"], ["size 0"]),

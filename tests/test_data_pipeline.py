@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from data_corpus import LAYOUT, SHAPE, ask, batches_of, byte_tokenizer, ids_of, write_corpus
+from data_corpus import LAYOUT, PROMPT, SHAPE, ask, batches_of, byte_tokenizer, ids_of, write_corpus
 
 from llaso_jax.data import features
 from llaso_jax.data.audio import load_audio
 from llaso_jax.data.batch import PipelineStats, empty_batch
 from llaso_jax.data.config import AudioLayout, DataConfig
-from llaso_jax.data.packer import reshard_states
 from llaso_jax.data.packing import BatchShape
+from llaso_jax.data.pipeline import _share, make_lanes, make_pipeline
 from llaso_jax.errors import AudioError, ConfigError, DataError
 
 ALL = sorted(f"s{i}" for i in range(17))
@@ -116,44 +116,72 @@ def test_grain_checkpoint_handlers_save_and_restore_the_position(corpus, tokeniz
     assert_same(list(resumed), expected[2:])
 
 
-def test_processes_share_the_data_without_overlap(corpus, tokenizer):
-    parts = []
-    for index in range(2):
-        process = {"process_index": index, "process_count": 2}
-        batches = list(batches_of(corpus, tokenizer, mel_buckets=(150,), pipeline=process))
-        assert batches[0].arrays["tokens"].shape[0] == 1
-        parts.append(ids_of(batches))
-    assert sorted(parts[0] + parts[1]) == ALL
-    assert abs(len(parts[0]) - len(parts[1])) == 1
+LANES = {"rows": 4, "lanes": 4, "mel_buckets": (150,), "window": 8}
 
 
-@pytest.mark.parametrize("new_count", [1, 2, 4])
-def test_another_number_of_processes_continues_without_loss_or_repeats(
-    corpus, tokenizer, new_count
-):
-    def open_all(count):
-        settings = {"mel_buckets": (150,), "rows": 4}
-        return [
-            batches_of(
-                corpus,
-                tokenizer,
-                **settings,
-                pipeline={"process_index": i, "process_count": count},
-            )
-            for i in range(count)
-        ]
+def lanes_of(corpus, tokenizer, lanes, **settings):
+    """Iterators over `lanes` of 4."""
+    config = DataConfig(train_json=(str(corpus),), **{**SHAPE, **LANES, **settings})
+    datasets = make_lanes(
+        config,
+        lanes,
+        split="train",
+        tokenizer=tokenizer,
+        layout=LAYOUT,
+        prompt=PROMPT,
+        quarantine_files={},
+    )
+    return {lane: iter(dataset) for lane, dataset in datasets.items()}
 
-    old = open_all(2)
-    seen = ids_of([next(old[0]), next(old[1]), next(old[1])])
-    states = [batches.get_state() for batches in old]
-    new = open_all(new_count)
-    if new_count != 2:
-        with pytest.raises(ConfigError, match="reshard_states"):
-            new[0].set_state(states[0])
-    for batches, state in zip(new, reshard_states(states, new_count), strict=True):
-        batches.set_state(state)
+
+def test_lanes_share_the_samples_without_overlap(corpus, tokenizer):
+    lanes = lanes_of(corpus, tokenizer, range(4))
+    parts = {lane: list(batches) for lane, batches in lanes.items()}
+    assert parts[0][0].arrays["tokens"].shape[0] == 1
+    seen = [ids_of(batches) for batches in parts.values()]
+    assert sorted(i for ids in seen for i in ids) == ALL
+    assert {len(ids) for ids in seen} == {4, 5}
+
+
+def test_a_lane_does_not_depend_on_which_others_are_read(corpus, tokenizer):
+    together = lanes_of(corpus, tokenizer, range(4), epochs=2)
+    alone = lanes_of(corpus, tokenizer, [2], epochs=2, num_threads=1, prefetch_batches=2)
+    interleaved = zip(*(list(batches) for batches in together.values()), strict=False)
+    assert_same(list(alone[2])[:3], [batches[2] for batches in interleaved][:3])
+
+
+def test_the_position_of_a_lane_goes_to_any_process(corpus, tokenizer):
+    """Read by two processes, of two lanes each; then by one."""
+    old = lanes_of(corpus, tokenizer, [0, 1]) | lanes_of(corpus, tokenizer, [2, 3])
+    seen = ids_of(next(old[lane]) for lane in (0, 1, 2, 3, 3))
+    states = {lane: batches.get_state() for lane, batches in old.items()}
+    new = lanes_of(corpus, tokenizer, range(4))
+    for lane, batches in new.items():
+        batches.set_state(states[lane])
         seen += ids_of(batches)
     assert sorted(seen) == ALL
+    with pytest.raises(ConfigError, match="lanes = 4, this run has 1"):
+        batches_of(corpus, tokenizer).set_state(states[0])
+
+
+def test_a_pipeline_of_one_lane_refuses_more(corpus, tokenizer):
+    config = DataConfig(train_json=(str(corpus),), **{**SHAPE, **LANES})
+    with pytest.raises(ConfigError, match="`make_lanes` reads them"):
+        make_pipeline(config, split="train", tokenizer=tokenizer, layout=LAYOUT, prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "settings", "expected"),
+    [
+        (1, {"num_threads": 4, "read_ahead": 16}, (0, 4, 16)),
+        (8, {"num_threads": 4, "read_ahead": 16}, (0, 1, 2)),
+        (8, {"num_workers": 8, "num_threads": 4, "read_ahead": 16}, (1, 4, 16)),
+        (4, {"num_workers": 2, "num_threads": 4, "read_ahead": 16}, (1, 2, 8)),
+    ],
+)
+def test_lanes_of_one_process_share_its_threads(lanes, settings, expected):
+    share = _share(DataConfig(**settings), lanes)
+    assert (share.num_workers, share.num_threads, share.read_ahead) == expected
 
 
 def test_a_position_in_other_data_or_order_is_refused(corpus, tokenizer, tmp_path):
@@ -298,19 +326,17 @@ def test_a_sample_too_big_for_a_row_names_the_setting_to_raise(
 
 
 @pytest.mark.parametrize(
-    ("settings", "layout", "processes", "problem"),
+    ("settings", "layout", "problem"),
     [
-        ({}, AudioLayout(mode="padded", mel_bins=8), 1, r"set it to \(3000,\)"),
-        ({"rows": 3, "mel_buckets": (150,)}, LAYOUT, 2, "not a multiple of the 2 processes"),
-        ({}, LAYOUT, 2, "one program needs one shape"),
+        ({}, AudioLayout(mode="padded", mel_bins=8), r"set it to \(3000,\)"),
+        ({"rows": 3, "lanes": 2, "mel_buckets": (150,)}, LAYOUT, "not a multiple of `lanes` = 2"),
+        ({"lanes": 2}, LAYOUT, "one program needs one shape"),
+        ({"window": 3, "rows": 4}, LAYOUT, "rows would stay empty"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
-    corpus, tokenizer, settings, layout, processes, problem
-):
-    pipeline = {"process_count": processes}
+def test_settings_that_contradict_each_other_are_refused(settings, layout, problem):
     with pytest.raises(ConfigError, match=problem):
-        batches_of(corpus, tokenizer, layout=layout, pipeline=pipeline, **settings)
+        DataConfig(**{**SHAPE, **settings}).check(layout)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_finished_run_is_not_trained_again(folder, undisturbed, monkeypatch, t
     def refuse(*_):
         raise AssertionError("a step was made")
 
-    monkeypatch.setattr(loop, "place_batch", refuse)
+    monkeypatch.setattr(loop, "place_lanes", refuse)
     run(two_stages(folder), output)
     assert len(records(output)) == len(expected)
     _assert_same_params(_tree(output), expected_params)
@@ -359,16 +359,16 @@ def test_only_what_is_trained_is_saved(undisturbed):
 
 
 def _poison(monkeypatch, *, step: int, row: int) -> None:
-    place, calls = loop.place_batch, []
+    place, calls = loop.place_lanes, []
 
-    def poisoned(arrays, accumulation, layout):
+    def poisoned(lanes, count, accumulation, layout):
         calls.append(1)
         if len(calls) == step:
-            arrays = {**arrays, "mel": arrays["mel"].copy()}
-            arrays["mel"][row, 0, 0, 0] = np.inf
-        return place(arrays, accumulation, layout)
+            lanes = {0: {**lanes[0], "mel": lanes[0]["mel"].copy()}}
+            lanes[0]["mel"][row, 0, 0, 0] = np.inf
+        return place(lanes, count, accumulation, layout)
 
-    monkeypatch.setattr(loop, "place_batch", poisoned)
+    monkeypatch.setattr(loop, "place_lanes", poisoned)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_samples_and_is_not_saved(

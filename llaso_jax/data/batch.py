@@ -11,7 +11,7 @@ from llaso_jax.data.packing import BatchShape, Row, assemble
 
 @dataclass(frozen=True)
 class BatchStats:
-    """Counts of one batch on one process.
+    """Counts of one batch, or of one lane of it.
 
     Attributes:
         samples: samples in it.
@@ -45,7 +45,7 @@ class BatchStats:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data on one process.
+    """One step's data, or one lane of it.
 
     Attributes:
         arrays: exactly the batch contract (see `packing.assemble`).
@@ -88,7 +88,7 @@ def make_batch(
 
 
 def empty_batch(shape: BatchShape) -> Batch:
-    """A batch of padding only, for a process whose data ends before the others'."""
+    """A batch of padding only, for a lane whose data ends before the others'."""
     rows = [Row() for _ in range(shape.rows)]
     return make_batch(rows, shape, mel_frames=shape.mel_buckets[-1])
 

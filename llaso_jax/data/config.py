@@ -39,13 +39,16 @@ class DataConfig:
         index_dir: folder for record offsets; None for each JSON file's own.
         sequence_length: S, token positions of a row, audio included.
         rows: B, rows of a batch over all processes.
+        lanes: parts of a batch that are read and packed apart, lane i of L from samples i, i + L, …:
+            a process loads the lanes its rows are in. Part of the order of the data, whatever the
+            number of processes.
         chunks_per_row: C, most 30 s audio chunks in a row.
         answers_per_row: A, most supervised tokens in a row.
         mel_buckets: mel frames a chunk may be padded to, rising; (3000,) unless the audio
             mode is true_length.
         packing: several samples in a row; off, each has its own.
-        window: samples held while packing: more pack denser and take more memory (about
-            0.5 MB per 9 s of audio).
+        window: samples held while packing, all lanes together; None for 2.5 x rows, at least 64.
+            More pack denser and take more memory (about 0.5 MB per 9 s of audio).
         shuffle: draw training samples in an order set by `seed` and epoch.
         seed: of the order of samples.
         epochs: passes over the training data; None for no end.
@@ -69,11 +72,12 @@ class DataConfig:
     index_dir: str | None = None
     sequence_length: int = 4096
     rows: int = 8
+    lanes: int = 1
     chunks_per_row: int = 4
     answers_per_row: int = 512
     mel_buckets: tuple[int, ...] = (CHUNK_MEL_FRAMES,)
     packing: bool = True
-    window: int = 64
+    window: int | None = None
     shuffle: bool = True
     seed: int = 0
     epochs: float | None = 1.0
@@ -91,7 +95,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _need_positive(
             self,
-            *("sequence_length", "rows", "chunks_per_row", "answers_per_row", "window"),
+            *("sequence_length", "rows", "lanes", "chunks_per_row", "answers_per_row", "window"),
             *("epochs", "num_threads", "read_ahead", "max_audio_seconds"),
         )
         for name in (
@@ -114,22 +118,31 @@ class DataConfig:
                 f"`mel_buckets` is {buckets}; rising numbers from 1 to {CHUNK_MEL_FRAMES} are needed"
             )
 
-    def check(self, layout: AudioLayout, *, process_count: int = 1) -> None:
-        """Raise ConfigError if these settings cannot serve `layout` or that many processes."""
+        if self.window is not None and self.window < self.rows:
+            raise ConfigError(
+                f"`window` is {self.window}, less than `rows` = {self.rows}: a batch takes no more "
+                "samples than are held, so rows would stay empty; give more, or null"
+            )
+
+    @property
+    def window_samples(self) -> int:
+        """Samples held while packing."""
+        return max(64, 5 * self.rows // 2) if self.window is None else self.window
+
+    def check(self, layout: AudioLayout) -> None:
+        """Raise ConfigError if these settings cannot serve `layout`."""
         full = (CHUNK_MEL_FRAMES,)
         if layout.mode != "true_length" and self.mel_buckets != full:
             raise ConfigError(
                 f"`mel_buckets` is {self.mel_buckets}, but audio mode {layout.mode!r} encodes "
                 f"padded 30 s chunks: set it to {full}, or the mode to 'true_length'"
             )
-        if self.rows % process_count:
+        if self.rows % self.lanes:
+            raise ConfigError(f"`rows` is {self.rows}, not a multiple of `lanes` = {self.lanes}")
+        if self.lanes > 1 and len(self.mel_buckets) > 1:
             raise ConfigError(
-                f"`rows` is {self.rows}, not a multiple of the {process_count} processes"
-            )
-        if process_count > 1 and len(self.mel_buckets) > 1:
-            raise ConfigError(
-                f"`mel_buckets` is {self.mel_buckets} on {process_count} processes: each would "
-                "choose its own bucket for a step, and one program needs one shape; give one"
+                f"`mel_buckets` is {self.mel_buckets} with `lanes` = {self.lanes}: each lane would choose its "
+                "own bucket for a step, and one program needs one shape; give one bucket, or one lane"
             )
 
 

@@ -4,6 +4,7 @@ The state is the next stream position to read and the positions read but not yet
 restored packer reads those again by random access and goes on: the same batches follow.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,11 +23,11 @@ Pending = tuple[int, int, Sample]
 
 
 class SampleStream:
-    """Samples in training order, by position: of this process `start`, `start` + P, …
+    """Samples in training order, by position: of this lane `start`, `start` + lanes, …
 
     Args:
         samples: all samples of all epochs in order.
-        process_index, process_count: which positions are this process's.
+        lane, lanes: which positions are this stream's.
         read: makes a prefetching dataset of a MapDataset.
         samples_per_epoch: length of one pass.
         order: what else the order depends on ("seed 3", …): a state of another order is refused.
@@ -36,28 +37,28 @@ class SampleStream:
         self,
         samples: grain.MapDataset,
         *,
-        process_index: int,
-        process_count: int,
+        lane: int,
+        lanes: int,
         read: Callable[[grain.MapDataset], grain.IterDataset],
         samples_per_epoch: int,
         order: str,
     ) -> None:
         self.samples = samples
-        self.process_index = process_index
-        self.process_count = process_count
+        self.lane = lane
+        self.lanes = lanes
         self.samples_per_epoch = samples_per_epoch
         self.identity = {
             "order": order,
             "samples_per_epoch": samples_per_epoch,
-            "process_count": process_count,
+            "lanes": lanes,
         }
         self._read = read
 
     def open(self, start: int) -> grain.DatasetIterator | None:
-        """Prefetching iterator over this process's samples from position `start`; None at the end."""
+        """Prefetching iterator over this lane's samples from position `start`; None at the end."""
         if start >= len(self.samples):
             return None
-        return iter(self._read(self.samples.slice(slice(start, None, self.process_count))))
+        return iter(self._read(self.samples.slice(slice(start, None, self.lanes))))
 
 
 class PackedBatches(grain.IterDataset):
@@ -90,7 +91,8 @@ class PackedBatchIterator(grain.DatasetIterator):
         super().__init__()
         self._stream, self._shape, self._config = stream, shape, config
         self._quarantine = quarantine
-        self._next = stream.process_index
+        self._next = stream.lane
+        self._window = math.ceil(config.window_samples / stream.lanes)
         self._read = self._quarantined = 0
         self._pending: list[Pending] = []
         self._to_reload: list[int] = []
@@ -132,18 +134,13 @@ class PackedBatchIterator(grain.DatasetIterator):
         """Continue where `get_state` was called.
 
         Raises:
-            ConfigError: the state belongs to other data, another order or other processes.
+            ConfigError: the state belongs to other data or another order.
         """
         for name, ours in self._stream.identity.items():
             if state[name] != ours:
-                hint = (
-                    "pass the states of all processes through `reshard_states` first"
-                    if name == "process_count"
-                    else "resume with the data and the settings the checkpoint was made with"
-                )
                 raise ConfigError(
                     f"the data position was saved with {name} = {state[name]!r}, this run has "
-                    f"{ours!r}: {hint}"
+                    f"{ours!r}: resume with the data and the settings the checkpoint was made with"
                 )
         self.close()
         self._closed = False
@@ -171,14 +168,14 @@ class PackedBatchIterator(grain.DatasetIterator):
             self._to_reload = []
 
     def _fill_window(self) -> None:
-        while self._reader is not None and len(self._pending) < self._config.window:
+        while self._reader is not None and len(self._pending) < self._window:
             item = next(self._reader, None)
             if item is None:
                 self.close()
                 self._opened = True
                 self._quarantine.judge(quarantined=self._quarantined, read=self._read, at_end=True)
                 return
-            position, self._next = self._next, self._next + self._stream.process_count
+            position, self._next = self._next, self._next + self._stream.lanes
             self._read += 1
             self._admit(position, item)
 
@@ -191,36 +188,3 @@ class PackedBatchIterator(grain.DatasetIterator):
             self._quarantine.reject(position, error)
             self._quarantined += 1
             self._quarantine.judge(quarantined=self._quarantined, read=self._read)
-
-
-def reshard_states(states: list[dict[str, Any]], process_count: int) -> list[dict[str, Any]]:
-    """Data positions for `process_count` processes from those of all processes of an earlier run.
-
-    No sample is lost or seen twice: what some process had yet to pack, or had yet to read before
-    the furthest position of all, is dealt out as pending.
-
-    Args:
-        states: `get_state()` of every process, in order.
-        process_count: of the new run.
-    """
-    old_count = len(states)
-    if any(state["process_count"] != old_count for state in states):
-        raise ConfigError(f"{old_count} states given; all of the earlier run's are needed")
-    start = max(state["next"] for state in states)
-    pending = sorted(
-        position
-        for state in states
-        for position in [*state["pending"], *range(state["next"], start, old_count)]
-    )
-    return [
-        {
-            **states[0],
-            "next": start + i,
-            "pending": pending[i::process_count],
-            # Counts of the whole run stay with the first process.
-            "read": sum(state["read"] for state in states) if i == 0 else 0,
-            "quarantined": sum(state["quarantined"] for state in states) if i == 0 else 0,
-            "process_count": process_count,
-        }
-        for i in range(process_count)
-    ]

@@ -14,7 +14,7 @@ from llaso_jax.modeling.frames import projected_frames
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The static sizes of a batch on one process, and the id that fills unused positions.
+    """The static sizes of a batch, or of one lane of it, and the id that fills unused positions.
 
     Attributes:
         rows, tokens, chunks, answers, mel_bins: B, S, C, A, M of the batch contract.
@@ -34,12 +34,12 @@ class BatchShape:
 
     @classmethod
     def of(
-        cls, config: DataConfig, layout: AudioLayout, *, pad_id: int, process_count: int = 1
+        cls, config: DataConfig, layout: AudioLayout, *, pad_id: int, lanes: int = 1
     ) -> "BatchShape":
-        """The shape that `config` and the model's `layout` ask of each process."""
-        config.check(layout, process_count=process_count)
+        """The shape that `config` and the model's `layout` ask for, of one of `lanes` lanes."""
+        config.check(layout)
         return cls(
-            rows=config.rows // process_count,
+            rows=config.rows // lanes,
             tokens=config.sequence_length,
             chunks=config.chunks_per_row,
             answers=config.answers_per_row,

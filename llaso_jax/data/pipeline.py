@@ -5,7 +5,9 @@ batch = next(batches)
 state = batches.get_state()   # JSON; or grain.checkpoint.CheckpointSave(batches)
 """
 
+import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,8 +34,6 @@ def make_pipeline(
     tokenizer: "PreTrainedTokenizerFast",
     layout: AudioLayout,
     prompt: PromptConfig = LLASO_PROMPT,
-    process_index: int = 0,
-    process_count: int = 1,
     quarantine_file: str | Path | None = None,
 ) -> grain.IterDataset:
     """Batches of the `split`, as a Grain dataset of `llaso_jax.data.batch.Batch`.
@@ -42,24 +42,53 @@ def make_pipeline(
     read once, in order. Close its iterator when done: `it.close()` ends worker processes.
 
     Args:
-        config: files, shapes and policies.
+        config: files, shapes and policies; one lane. For the parts of a batch see `make_lanes`.
         tokenizer: with LLaSO's tokens (`llaso_jax.data.tokenizer`).
         layout: audio mode, stacking and mel bins of the model.
         prompt: chat format, system prompt, length limit.
-        process_index, process_count: this process's share: `rows` / `process_count` rows of
-            every batch. Processes may end at different batch numbers: see `batch.empty_batch`.
-        quarantine_file: where bad samples are listed; needed by `bad_sample_policy: quarantine`,
-            one file per process and split.
+        quarantine_file: where bad samples are listed; needed by `bad_sample_policy: quarantine`.
 
     Raises:
-        ConfigError: settings that contradict each other, the layout or the process count.
+        ConfigError: settings that contradict each other or the layout.
         DataError: data files that are missing, malformed or empty; while iterating, bad samples
             by policy.
     """
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process {process_index} of {process_count} processes does not exist")
+    if config.lanes != 1:
+        raise ConfigError(f"`lanes` is {config.lanes}; `make_lanes` reads them")
     if config.bad_sample_policy == "quarantine" and quarantine_file is None:
         raise ConfigError("`bad_sample_policy: quarantine` needs a file to list samples in")
+    files = {} if quarantine_file is None else {0: Path(quarantine_file)}
+    return make_lanes(
+        config,
+        (0,),
+        split=split,
+        tokenizer=tokenizer,
+        layout=layout,
+        prompt=prompt,
+        quarantine_files=files,
+    )[0]
+
+
+def make_lanes(
+    config: DataConfig,
+    lanes: Collection[int],
+    *,
+    split: Literal["train", "eval"],
+    tokenizer: "PreTrainedTokenizerFast",
+    layout: AudioLayout,
+    prompt: PromptConfig = LLASO_PROMPT,
+    quarantine_files: Mapping[int, Path],
+) -> dict[int, grain.IterDataset]:
+    """Datasets of `Batch` of these `lanes`: each yields `rows` / `config.lanes` rows of every batch.
+
+    A lane does not depend on which others are read here. They share loading threads, worker processes
+    and memory for features. Lanes may end at different batch numbers: see `batch.empty_batch`.
+
+    Args:
+        quarantine_files: by lane, where its bad samples are listed; those of other lanes are
+            counted only, for another process that reads the same lane lists them.
+        (others): see `make_pipeline`.
+    """
     loader = SampleLoader(
         tokenizer,
         prompt=prompt,
@@ -68,25 +97,42 @@ def make_pipeline(
         audio_policy=config.audio_policy,
         feature_cache_mb=config.feature_cache_mb,
     )
-    shape = BatchShape.of(config, layout, pad_id=loader.pad_id, process_count=process_count)
+    shape = BatchShape.of(config, layout, pad_id=loader.pad_id, lanes=config.lanes)
     files = config.train_json if split == "train" else config.eval_json
     records = RecordSource(files, data_root=config.data_root, index_dir=config.index_dir)
     if not len(records):
         raise DataError(f"{', '.join(files)} hold no records; `{split}_json` names them")
-    stream = SampleStream(
-        _ordered(SampleSource(records, loader), config, split),
-        process_index=process_index,
-        process_count=process_count,
-        read=lambda samples: _prefetched(samples, config),
-        samples_per_epoch=len(records),
-        order=_order(config, split),
-    )
-    quarantine = Quarantine(config, None if quarantine_file is None else Path(quarantine_file))
-    batches = PackedBatches(stream, shape, config, quarantine)
-    if not config.prefetch_batches:
-        return batches
-    return grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=config.prefetch_batches
+    samples = _ordered(SampleSource(records, loader), config, split)
+    share = _share(config, len(lanes))
+    datasets: dict[int, grain.IterDataset] = {}
+    for lane in lanes:
+        stream = SampleStream(
+            samples,
+            lane=lane,
+            lanes=config.lanes,
+            read=lambda samples: _prefetched(samples, share),
+            samples_per_epoch=len(records),
+            order=_order(config, split),
+        )
+        quarantine = Quarantine(config, quarantine_files.get(lane))
+        batches: grain.IterDataset = PackedBatches(stream, shape, config, quarantine)
+        if config.prefetch_batches:
+            batches = grain.experimental.ThreadPrefetchIterDataset(
+                batches, prefetch_buffer_size=config.prefetch_batches
+            )
+        datasets[lane] = batches
+    return datasets
+
+
+def _share(config: DataConfig, lanes: int) -> DataConfig:
+    """The loading threads and processes that each of `lanes` lanes on one process has."""
+    workers = config.num_workers and max(1, config.num_workers // lanes)
+    share = max(1, config.num_workers) / (lanes * max(1, workers))  # of each worker's threads
+    return dataclasses.replace(
+        config,
+        num_workers=workers,
+        num_threads=max(1, int(config.num_threads * share)),
+        read_ahead=max(1, int(config.read_ahead * share)),
     )
 
 

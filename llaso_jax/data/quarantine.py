@@ -20,7 +20,7 @@ class Quarantine:
 
     Args:
         config: policy, share and minimum count.
-        file: where bad samples are listed; needed by the policy `quarantine`.
+        file: where bad samples are listed; None where another process lists them.
     """
 
     def __init__(self, config: DataConfig, file: Path | None) -> None:
@@ -49,8 +49,8 @@ class Quarantine:
             "error": type(error).__name__,
             "message": str(error),
         }
-        logger.warning("quarantined: %s", error)
         if self._file is not None:
+            logger.warning("quarantined: %s", error)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -274,4 +274,5 @@ def _place_rows(array: np.ndarray, mesh: Mesh | None, rules: ShardingRules) -> j
     if mesh is None:
         return jnp.asarray(array)
     axes = ("batch", *(None,) * (array.ndim - 1))
-    return jax.device_put(array, NamedSharding(mesh, to_spec(axes, rules.activation)))
+    sharding = NamedSharding(mesh, to_spec(axes, rules.activation))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -17,12 +17,9 @@ from llaso_jax.config import (
     LoggingConfig,
     PrecisionConfig,
     StageConfig,
-    resolve_data,
 )
-from llaso_jax.data.batch import Batch, PipelineStats
-from llaso_jax.data.pipeline import make_pipeline
+from llaso_jax.data.batch import PipelineStats
 from llaso_jax.data.prompt import PromptConfig
-from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import SampleLoader
 from llaso_jax.data.tokenizer import eos_token_ids
 from llaso_jax.errors import InterruptedRunError, NonFiniteLossError
@@ -31,6 +28,7 @@ from llaso_jax.modeling.flops import train_flops
 from llaso_jax.modeling.functional import Params, abstract_params, merge
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.training.checkpoint import StageCheckpoints
+from llaso_jax.training.feed import GlobalBatch
 from llaso_jax.training.interrupt import StopRequest
 from llaso_jax.training.metrics import MetricsWriter, peak_flops
 from llaso_jax.training.optimizer import (
@@ -40,8 +38,9 @@ from llaso_jax.training.optimizer import (
     trains_weights,
 )
 from llaso_jax.training.report import StepBar
+from llaso_jax.training.stage_data import StageData
 from llaso_jax.training.state import Layout, TrainState, create_state, split_params
-from llaso_jax.training.step import StepMetrics, make_train_step, place_batch
+from llaso_jax.training.step import StepMetrics, make_train_step, place_lanes
 from llaso_jax.training.validation import Report, Validator
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class _Dispatched:
 
     number: int
     metrics: StepMetrics
-    batch: Batch
+    batch: GlobalBatch
     learning_rate: float
 
 
@@ -109,20 +108,14 @@ class StageRun:
         self.trains_decoder = trains_weights(scales, "language_model")
         self.compute = compute
 
-        self.data = data = resolve_data(stage.data, index_dir=place.output / "index")
-        self.batches = iter(
-            make_pipeline(
-                data,
-                split="train",
-                tokenizer=place.tokenizer,
-                layout=layout_of(place.model),
-                prompt=place.prompt,
-                quarantine_file=place.output / f"quarantine_{stage.name}.jsonl",
-            )
+        self.data = StageData(
+            stage,
+            output=place.output,
+            layout=place.layout,
+            tokenizer=place.tokenizer,
+            audio=layout_of(place.model),
+            prompt=place.prompt,
         )
-        records = RecordSource(data.train_json, data_root=data.data_root, index_dir=data.index_dir)
-        # Samples of the whole stage: what progress is measured in where no max_steps is set.
-        self.total_samples = max(1, round((data.epochs or 1) * len(records)))
         self.step = self.samples = 0
         self.stats, self.steps_timed = PipelineStats(), 0
         self.before = before
@@ -141,7 +134,7 @@ class StageRun:
         folder = self.place.output / "checkpoints" / self.stage.name
         # Closed whatever happens: worker processes left behind would keep this one from ending.
         with (
-            contextlib.closing(self.batches),
+            contextlib.closing(self.data),
             StageCheckpoints(folder, self.place.checkpoint) as checkpoints,
         ):
             resumed_at = self._resume(checkpoints)
@@ -157,37 +150,42 @@ class StageRun:
     def _train(self, checkpoints: StageCheckpoints, validate: Validator | None) -> None:
         every = self.stage.evaluation.every_steps
         pending: _Dispatched | None = None
-        total = self.stage.max_steps or self.total_samples
+        total = self.stage.max_steps or self.data.total_samples
         unit = "steps" if self.stage.max_steps else "samples"
         self.stats, self.steps_timed = PipelineStats(), 0
         with (
             StopRequest() as stop,
             StepBar(self.place.console, self.stage.name, total, unit) as bar,
         ):
+            feed = self.data.feed(lambda: stop.requested)
             while self.step != self.stage.max_steps:
-                batch = next(self.batches, None)
+                batch = feed.take()
                 if batch is None:
                     break
                 rate = learning_rate_at(self.progress(), self.stage.optimizer)
-                arrays = place_batch(batch.arrays, self.stage.accumulation, self.place.layout)
+                arrays = place_lanes(
+                    batch.arrays, batch.count, self.stage.accumulation, self.place.layout
+                )
                 self.state, metrics = self.train_step(
                     self.state, self.frozen, arrays, np.float32(rate)
                 )
                 self.step += 1
                 self.samples += batch.stats.samples
+                self.data.note(self.step, batch)
                 # The step before is read only now: the device is never left waiting for the host.
                 pending = self._report(pending, bar, _Dispatched(self.step, metrics, batch, rate))
                 # Before the save: a run killed between the two would never score this step again.
-                if validate is not None and every and self.step % every == 0 and not stop.requested:
+                stopped_by = feed.stop()
+                if validate is not None and every and self.step % every == 0 and not stopped_by:
                     pending = self._report(pending, bar)
                     self._validate(validate)
-                if stop.requested or self.step % self.place.checkpoint.every_steps == 0:
+                if stopped_by or self.step % self.place.checkpoint.every_steps == 0:
                     pending = self._report(pending, bar)
                     self._save(checkpoints)
-                if stop.requested:
+                if stopped_by:
                     checkpoints.wait()
                     raise InterruptedRunError(
-                        f"{stop.requested}: stage {self.stage.name!r} is saved at step {self.step}. "
+                        f"{stopped_by}: stage {self.stage.name!r} is saved at step {self.step}. "
                         f"Run the same command again to continue from there."
                     )
             self._report(pending, bar)
@@ -203,12 +201,12 @@ class StageRun:
         """Share of the stage that is done, 0..1."""
         if self.stage.max_steps is not None:
             return self.step / self.stage.max_steps
-        return self.samples / self.total_samples
+        return self.samples / self.data.total_samples
 
     def _save(self, checkpoints: StageCheckpoints) -> None:
         progress = {
             "samples": self.samples,
-            "data": self.batches.get_state(),
+            **self.data.progress(),
             "before": None if self.before is None else dataclasses.asdict(self.before),
         }
         checkpoints.save(self.state, progress, step=self.step)
@@ -217,16 +215,17 @@ class StageRun:
         """Continue from the newest checkpoint; its step, or None if there is none."""
         newest = checkpoints.latest_step()
         if newest is None:
+            self.data.begin()
             return None
         self.state, progress = checkpoints.restore(self.state, newest)
         self.step, self.samples = newest, progress["samples"]
-        self.batches.set_state(progress["data"])
+        self.data.resume(newest, progress)
         self.before = Report.from_dict(progress["before"]) if progress["before"] else None
         logger.info("stage %s continues from step %d", self.stage.name, newest)
         return newest
 
     def _validator(self) -> Validator | None:
-        data, cfg = self.data, self.stage.evaluation
+        data, cfg = self.data.config, self.stage.evaluation
         if not data.eval_json:
             return None
         loader = SampleLoader(
@@ -307,18 +306,19 @@ class StageRun:
         )
         return newer
 
-    def _mfu(self, batch: Batch, seconds: float) -> float | None:
+    def _mfu(self, batch: GlobalBatch, seconds: float) -> float | None:
         devices = self.place.layout.mesh.devices.flat
         peak = peak_flops(devices[0].device_kind)
         if peak is None:
             return None
+        arrays = next(iter(batch.arrays.values()))  # all lanes have the same shapes
         flops = train_flops(
             self.place.model,
-            chunks=int(batch.arrays["mel_frames"].size),
-            mel_frames=batch.arrays["mel"].shape[-1],
-            rows=len(batch.arrays["tokens"]),
-            positions=batch.arrays["tokens"].shape[1],
-            answers=batch.arrays["answer_index"].size,
+            chunks=arrays["mel_frames"].size * batch.count,
+            mel_frames=arrays["mel"].shape[-1],
+            rows=len(arrays["tokens"]) * batch.count,
+            positions=arrays["tokens"].shape[1],
+            answers=arrays["answer_index"].size * batch.count,
             trains_encoder=self.trains_encoder,
             trains_decoder=self.trains_decoder,
         )
@@ -326,18 +326,20 @@ class StageRun:
 
 
 def _describe_non_finite(stage: str, done: _Dispatched, loss: float, grad_norm: float) -> str:
-    rows = np.asarray(done.metrics.row_losses).reshape(-1)
+    row_losses = np.asarray(done.metrics.row_losses)
     bad = [
-        ids
-        for ids, value in zip(done.batch.sample_ids, rows, strict=True)
-        if not np.isfinite(value)
+        done.batch.row_samples(micro_batch, row, len(row_losses))
+        for micro_batch, row in np.argwhere(~np.isfinite(row_losses)).tolist()
     ]
-    where = (
-        "samples of the rows it came from" if bad else "all samples of the step (no row stands out)"
-    )
-    ids = [i for row in (bad or done.batch.sample_ids) for i in row]
+    here = [ids for ids in bad if ids is not None]
+    if bad and not here:
+        where = f"rows of other processes, whose samples the ledger lists under step {done.number}"
+    else:
+        ids = [i for row in here or done.batch.sample_ids for i in row]
+        what = "samples of the rows it came from" if bad else "all samples of the step"
+        where = f"{what}{'' if bad else ' (no row stands out)'}: {', '.join(ids)}"
     return (
         f"stage {stage!r}: loss {loss} (gradient norm {grad_norm}) in step {done.number}, computed from "
-        f"the parameters after step {done.number - 1}; {where}: {', '.join(ids)}. Lower "
+        f"the parameters after step {done.number - 1}; {where}. Lower "
         f"optimizer.learning_rate, or look at these samples; the newest checkpoint is unharmed."
     )

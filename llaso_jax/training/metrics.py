@@ -25,14 +25,19 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class MetricsWriter:
-    """Appends records to `folder/metrics.jsonl` and, if asked, to TensorBoard events beside it."""
+    """Appends records to `folder/metrics.jsonl` and, if asked, to TensorBoard events beside it.
 
-    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+    Without a folder, on all processes but one, it writes nothing.
+    """
+
+    def __init__(self, folder: Path | None, *, tensorboard: bool) -> None:
+        self._file = self._events = None
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        _drop_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = None
+        path = folder / "metrics.jsonl"
+        _drop_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -42,12 +47,15 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
     def write(self, kind: str, stage: str, step: int, values: dict[str, Any]) -> None:
         """One record: `kind` is train or eval, `values` are numbers (or nested dicts of numbers)."""
+        if self._file is None:
+            return
         record = {"kind": kind, "stage": stage, "step": step, **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -18,6 +18,7 @@ from llaso_jax.inference.pretrained import load_pretrained, read_config, save_pr
 from llaso_jax.modeling.functional import Params, abstract_params, count_params, flatten, merge
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.sharding.processes import is_first_process, wait_for_all
 from llaso_jax.training.adapters import with_adapters
 from llaso_jax.training.loop import StageRun, Workplace
 from llaso_jax.training.metrics import MetricsWriter, plot_metrics
@@ -78,13 +79,18 @@ def train(
     model = _model_config(cfg)
     layout = Layout.of(model, device_mesh)
     for stage in cfg.stages:
-        _check_rows(stage.name, stage.data.rows // stage.accumulation, layout.batch_shards, mesh)
+        rows = stage.data.rows // stage.accumulation
+        _check_rows(stage.name, rows, layout.batch_shards, mesh, lanes=stage.data.lanes)
 
-    # 2. Output folder.
-    _prepare_output(cfg, output, overwrite=overwrite)
+    # 2. Output folder: one, which all processes reach; the first writes what is written once.
+    first_process = is_first_process()
     tokenizer = load_tokenizer(resolve_path(cfg.tokenizer))
     _check_vocabulary(model, tokenizer, cfg.tokenizer)
-    text_files = _save_tokenizer(tokenizer, output / "tokenizer")
+    text_files = output / "tokenizer"
+    if first_process:
+        _prepare_output(cfg, output, overwrite=overwrite)
+        _save_tokenizer(tokenizer, text_files)
+    wait_for_all("output folder prepared")
 
     # 3. Parameters to start from.
     params, hf_config = _initial_params(cfg, model, layout)
@@ -100,7 +106,9 @@ def train(
     # 4. Stages.
     first: Report | None = None
     last: Report | None = None
-    with MetricsWriter(output, tensorboard=cfg.logging.tensorboard) as metrics:
+    with MetricsWriter(
+        output if first_process else None, tensorboard=cfg.logging.tensorboard
+    ) as metrics:
         place = Workplace(
             model=model,
             layout=layout,
@@ -125,7 +133,8 @@ def train(
             del run
 
     # 5. Results.
-    plot_metrics(output / "metrics.jsonl", output / "metrics.png")
+    if first_process:
+        plot_metrics(output / "metrics.jsonl", output / "metrics.png")
     save_model(
         output / "model",
         model,
@@ -134,7 +143,6 @@ def train(
         hf_config=hf_config,
         overwrite=True,
     )
-    save_prompt_config(output / "model", cfg.prompt)
     hf = None
     if cfg.checkpoint.export_hf:
         hf = export_llaso(
@@ -145,7 +153,10 @@ def train(
             files_from=text_files,
             options=ExportOptions(overwrite=True),
         )
-        save_prompt_config(hf, cfg.prompt)
+    if first_process:
+        for folder in filter(None, (output / "model", hf)):
+            save_prompt_config(folder, cfg.prompt)
+    wait_for_all("results written")
     if last is not None:
         console.print(score_table(first, last))
         for line in transcript_lines(last.answers):
@@ -181,16 +192,20 @@ def _initial_params(
     return params, hf_config
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> Path:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     ends = {"eos_token_id": list(eos_token_ids(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(
         json.dumps(ends, indent=2) + "\n", encoding="utf-8"
     )
-    return folder
 
 
-def _check_rows(stage: str, rows: int, shards: int, mesh: str) -> None:
+def _check_rows(stage: str, rows: int, shards: int, mesh: str, *, lanes: int = 1) -> None:
+    if rows % lanes:
+        raise ConfigError(
+            f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) are not a "
+            f"multiple of data.lanes={lanes}. Choose fewer lanes, or more rows."
+        )
     if rows % shards:
         raise ConfigError(
             f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) do not split over "

@@ -110,9 +110,13 @@ def create_state(
 ) -> TrainState:
     """Step 0 with fresh optimizer state, moments sharded like their parameters."""
     shardings = state_shardings(trainable, optimizer, layout)
-    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-    step = jax.device_put(jnp.zeros((), jnp.int32), layout.replicated)
-    return TrainState(step, trainable, init(trainable))
+
+    def init(trainable: Params) -> tuple[jax.Array, Any]:
+        return jnp.zeros((), jnp.int32), optimizer.init(trainable)
+
+    outputs = (shardings.step, shardings.opt_state)
+    step, opt_state = jax.jit(init, out_shardings=outputs)(trainable)
+    return TrainState(step, trainable, opt_state)
 
 
 def state_shardings(

@@ -1,7 +1,7 @@
 """One optimizer step: gradients with respect to the trainable tree only, over micro-batches."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -149,14 +149,45 @@ def make_loss(cfg: SpeechLMConfig, compute: ComputeConfig, layout: Layout) -> Ca
 
 
 def place_batch(arrays: dict[str, np.ndarray], accumulation: int, layout: Layout) -> Batch:
-    """Host batch [G*B, ...] -> device micro-batches [G, B, ...], rows split over the mesh.
+    """Host batch [G*B, ...] that every process holds -> device micro-batches [G, B, ...]; see `place_lanes`."""
+    return place_lanes({0: arrays}, 1, accumulation, layout)
 
-    Rows are dealt out to micro-batches in order, so one process sees the same batch on every mesh.
+
+def place_lanes(
+    lanes: Mapping[int, dict[str, np.ndarray]], count: int, accumulation: int, layout: Layout
+) -> Batch:
+    """Host rows, lane by lane -> device micro-batches [G, B, ...], rows split over the mesh.
+
+    A lane is [G*B/L, ...]: its rows are dealt out to micro-batches in order, and lane i has rows
+    i*B/L up to (i+1)*B/L of each. So the batch is the same on every mesh and in any number of processes.
+
+    Args:
+      lanes: at least those that rows of this process's devices are in.
+      count: L, all lanes.
     """
     sharding = layout.micro_batches()
-    return {
-        name: jax.device_put(
-            array.reshape(accumulation, array.shape[0] // accumulation, *array.shape[1:]), sharding
+    placed = {}
+    for name, some in next(iter(lanes.values())).items():
+        width = some.shape[0] // accumulation
+        shape = (accumulation, width * count, *some.shape[1:])
+        placed[name] = jax.make_array_from_callback(
+            shape, sharding, functools.partial(_shard, lanes, name, width, shape)
         )
-        for name, array in arrays.items()
-    }
+    return placed
+
+
+def _shard(
+    lanes: Mapping[int, dict[str, np.ndarray]],
+    name: str,
+    width: int,
+    shape: tuple[int, ...],
+    index: Any,
+) -> np.ndarray:
+    """The box `index` of the whole array `name`, from the lanes that its rows are in."""
+    start, stop, _ = index[1].indices(shape[1])
+    parts = []
+    for lane in range(start // width, -(-stop // width)):
+        first = lane * width
+        rows = lanes[lane][name].reshape(shape[0], width, *shape[2:])
+        parts.append(rows[index[0], max(start - first, 0) : stop - first, *index[2:]])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
