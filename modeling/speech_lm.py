@@ -19,7 +19,7 @@ from llaso_jax.modeling.llama import KVCache, LlamaConfig, LlamaModel
 from llaso_jax.modeling.lora import LoraRule, add_lora
 from llaso_jax.modeling.projector import Projector, ProjectorConfig
 from llaso_jax.modeling.whisper import WhisperConfig, WhisperEncoder
-from llaso_jax.sharding.context import context_plan, zigzag_order
+from llaso_jax.sharding.context import ring_ranks, zigzag_order
 from llaso_jax.sharding.rules import constrain, use_encoder_rules
 
 Batch = dict[str, jax.Array]
@@ -139,12 +139,11 @@ class SpeechLM(nnx.Module):
 
     def _at_answers(self, batch: Batch) -> jax.Array:
         """[B, A, D] hidden states at `answer_index` (the first position where that is -1)."""
-        plan = context_plan()
-        zigzag = plan is not None and plan.kind == "ring"
-        if zigzag:
-            batch = _in_zigzag(batch, plan.ranks)
+        ring = ring_ranks()
+        if ring is not None:
+            batch = _in_zigzag(batch, ring)
         index = jnp.maximum(batch["answer_index"], 0)[..., None]
-        hidden = jnp.take_along_axis(self.hidden(batch, zigzag=zigzag), index, axis=1)
+        hidden = jnp.take_along_axis(self.hidden(batch, zigzag=ring is not None), index, axis=1)
         return constrain(hidden, "batch", "answers", "embed")
 
     def losses(self, batch: Batch, loss: LossConfig = LossConfig()) -> tuple[jax.Array, jax.Array]:

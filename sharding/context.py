@@ -25,10 +25,18 @@ class ContextPlan(NamedTuple):
 def context_plan() -> ContextPlan | None:
     """What the active rules say about a sequence; None where every device holds all of it."""
     found = active_rules()
-    if found is None or found[1].context is None or found[0].shape[AXIS] == 1:
+    if found is None:
         return None
     mesh, rules = found
+    if rules.context is None or mesh.shape[AXIS] == 1:
+        return None
     return ContextPlan(rules.context, mesh.shape[AXIS])
+
+
+def ring_ranks() -> int | None:
+    """How many devices form a ring, to which positions may be dealt out in zig-zag; None where there is none."""
+    plan = context_plan()
+    return plan.ranks if plan is not None and plan.kind == "ring" else None
 
 
 # --- collectives, inside jax.shard_map --------------------------------------------------------------

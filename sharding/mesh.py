@@ -161,8 +161,9 @@ def _slices(text: str, shape: MeshShape, devices: list[Any]) -> list[list[Any]]:
       ShardingError: other slices than the mesh asks for.
     """
     count = shape.slice_count
-    numbers = [getattr(device, "slice_index", None) for device in devices]
-    if None in numbers:
+    if all(hasattr(device, "slice_index") for device in devices):
+        numbers = [device.slice_index for device in devices]
+    else:
         numbers = [place * count // len(devices) for place in range(len(devices))]
     found = {
         number: [device for device, own in zip(devices, numbers, strict=True) if own == number]

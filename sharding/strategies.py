@@ -77,7 +77,7 @@ def strategy(name: str, encoder: str | None = None) -> ShardingRules:
             f"sharding.strategy={name!r} has 2 ways to attend over parts of a sequence: choose 1 of "
             f"{' and '.join(sorted(CONTEXTS))}."
         )
-    context = contexts[0] if contexts else None
+    context: Context | None = contexts[0] if contexts else None
     rules = make_rules(fsdp="fsdp" in parts, tensor="tensor" in parts, context=context)
     if encoder is None:
         inner = (parts - set(CONTEXTS)) | ({"chunks"} if context else set())

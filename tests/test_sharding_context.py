@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import random
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from reference import jit
 from tolerances import LEAF, assert_close
 
 from llaso_jax.modeling.kernels.attention import UnsupportedAttentionError, attention
 from llaso_jax.modeling.kernels.attention.reference import reference_attention
 from llaso_jax.modeling.kernels.attention.ulysses import key_copies
+from llaso_jax.planning.topology import tpu_devices
 from llaso_jax.sharding.context import zigzag_order
 from llaso_jax.sharding.hlo import parse
 from llaso_jax.sharding.mesh import make_mesh
@@ -206,3 +209,34 @@ def test_a_ring_of_an_implementation_without_partial_results_is_refused_by_name(
         ),
     ):
         attention(q, q, q, causal=True, implementation="splash")
+
+
+@pytest.mark.slow
+def test_on_a_tpu_keys_are_on_their_way_while_a_round_is_computed():
+    pytest.importorskip("libtpu", reason="compiling for v5e needs libtpu")
+    mesh, rules = make_mesh("context=8", devices=tpu_devices("v5e:4x2")), strategy("context-ring")
+
+    def array(heads: int) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, P(None, "context"))
+        return jax.ShapeDtypeStruct((1, 8192, heads, 128), jnp.bfloat16, sharding=place)
+
+    def gradients(q, k, v):
+        def total(*arrays):
+            return attention(*arrays, causal=True, zigzag=True).astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    with use_rules(mesh, rules):
+        program = jax.jit(gradients).lower(array(24), array(8), array(8)).compile()
+    hlo = parse(program.as_text())
+    bodies = [
+        [operation.opcode for operation in computation.values()]
+        for name, computation in hlo.computations.items()
+        if name != hlo.entry
+    ]
+    rounds = [body for body in bodies if "collective-permute-start" in body]
+    assert len(rounds) == 2, "one loop forward and one back"
+    for body in rounds:
+        started = max(i for i, code in enumerate(body) if code == "collective-permute-start")
+        done = min(i for i, code in enumerate(body) if code == "collective-permute-done")
+        assert "custom-call" in body[started:done]

@@ -1,18 +1,25 @@
 """Strategies by name: the tables they make, what they refuse, and which there are for a number of devices."""
 
+import functools
 import math
 import re
+from typing import get_args
 
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from llaso_jax.config import load_config
 from llaso_jax.errors import ConfigError
-from llaso_jax.modeling.functional import param_shardings
+from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.functional import abstract_params, flatten, param_shardings, unflatten
 from llaso_jax.planning.plans import judged_plans
+from llaso_jax.sharding.hlo import parse
 from llaso_jax.sharding.mesh import make_mesh, parse_mesh
 from llaso_jax.sharding.rules import FSDP_TENSOR, ShardingError, to_spec
-from llaso_jax.sharding.strategies import ShardingConfig, plans, strategy
+from llaso_jax.sharding.strategies import Frozen, ShardingConfig, plans, strategy
+from llaso_jax.training.abstract import abstract_step
+from llaso_jax.training.state import Layout, split_params
 
 Q = ("layers", "heads", "head_dim", "embed")
 X = ("batch", "sequence", "embed")
@@ -201,3 +208,77 @@ def test_batches_that_do_not_split_are_told_with_both_numbers(overrides, strateg
     recipe = load_config("mini", overrides)
     reasons = {tuple(fit.plan): fit.reason for fit in judged_plans(recipe, 8)}
     assert told in reasons[strategy_and_mesh]
+
+
+# --- frozen weights -------------------------------------------------------------------------------
+
+
+@functools.cache
+def gathered(frozen: str) -> set[tuple[int, ...]]:
+    """Shapes that a step of stage 1, where the projector alone is trained, gathers on 8x1."""
+    rules = "[{pattern: projector/.*}, {pattern: .*, learning_rate_scale: null}]"
+    recipe = load_config(
+        "mini",
+        [
+            f"sharding.frozen={frozen}",
+            f"stages.0.parameters={rules}",
+            "model.audio.encoder_layers=1",
+            "model.text.num_hidden_layers=1",
+        ],
+    )
+    assert recipe.model is not None
+    layout = Layout.of(recipe.model, make_mesh("8x1"), frozen=recipe.sharding.frozen)
+    step = abstract_step(recipe.model, recipe.stages[0], layout, ComputeConfig())
+    hlo = parse(step.compile().as_text())
+    shapes = {
+        shape
+        for operation, _ in hlo.operations("all-gather", "all-gather-start")
+        for _, shape in operation.shapes
+    }
+    # A stack of one layer may or may not have lost its first axis.
+    return {shape[1:] if shape[0] == 1 else shape for shape in shapes}
+
+
+def matrices(trained: bool) -> set[tuple[int, ...]]:
+    model = load_config("mini").model
+    assert model is not None
+    return {
+        info.shape[1:] if info.stacked else info.shape
+        for path, info in abstract_params(model).items()
+        if "embed" in info.logical_axes and path.startswith("projector/") == trained
+    }
+
+
+@pytest.mark.slow
+def test_frozen_weights_that_are_replicated_are_never_gathered():
+    assert matrices(trained=True) <= gathered("replicated")
+    assert not matrices(trained=False) & gathered("replicated")
+
+
+@pytest.mark.slow
+def test_frozen_weights_that_are_sharded_are_gathered():
+    assert matrices(trained=True) | matrices(trained=False) <= gathered("sharded")
+
+
+def test_frozen_weights_lie_as_the_layout_says_and_trained_ones_stay_sharded():
+    model = load_config("mini").model
+    assert model is not None
+    ending = "self_attn/q_proj/weight"
+    params = unflatten(
+        {
+            path: jnp.ones(info.shape)
+            for path, info in abstract_params(model).items()
+            if path.endswith(ending)
+        }
+    )
+    scales = {path: 1.0 if path.startswith("language") else None for path in flatten(params)}
+    for frozen in get_args(Frozen):
+        layout = Layout.of(model, make_mesh("4x2"), frozen=frozen)
+        trained, still = split_params(params, scales, jnp.bfloat16, layout)
+        spec = trained["language_model"]["layers"]["self_attn"]["q_proj"]["weight"].sharding.spec
+        assert spec == P(None, "tensor", None, "fsdp")
+        weight = still["audio_tower"]["layers"]["self_attn"]["q_proj"]["weight"]
+        assert weight.sharding.spec == P(
+            None, "tensor", None, "fsdp" if frozen == "sharded" else None
+        )
+        assert weight.dtype == jnp.bfloat16

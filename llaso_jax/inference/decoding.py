@@ -173,8 +173,9 @@ def _checked(
 ) -> Prompts:
     prompts = prompts_of(batch)
     check_prompts(cfg, prompts)
-    axes = rules.activation["batch"] if mesh is not None else ()
-    return pad_prompts(prompts, row_multiple=math.prod(mesh.shape[axis] for axis in axes))
+    sizes = {} if mesh is None else mesh.shape
+    row_multiple = math.prod(sizes.get(axis, 1) for axis in rules.activation["batch"])
+    return pad_prompts(prompts, row_multiple=row_multiple)
 
 
 class _ByIdentity:

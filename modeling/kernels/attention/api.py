@@ -18,7 +18,7 @@ from llaso_jax.modeling.kernels.attention.reference import reference_attention
 from llaso_jax.modeling.kernels.attention.ring import Ring, ring_attention
 from llaso_jax.modeling.kernels.attention.splash import splash_attention
 from llaso_jax.modeling.kernels.attention.ulysses import check_heads, ulysses_attention
-from llaso_jax.sharding.context import check_length, context_plan
+from llaso_jax.sharding.context import check_length, context_plan, ring_ranks
 from llaso_jax.sharding.rules import (
     LogicalAxes,
     ShardingError,
@@ -96,7 +96,7 @@ def attention(
     check_implementation(implementation)
     _check(q, k, causal, q_segment_ids, kv_segment_ids)
     plan = context_plan()
-    if zigzag and (plan is None or plan.kind != "ring"):
+    if zigzag and ring_ranks() is None:
         raise ValueError("zigzag is the order of a ring, and the active rules have none.")
     scores = q.shape[1] * k.shape[1]
     if plan is not None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.blocks import FLOOR
-from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
+from llaso_jax.modeling.kernels.attention.partial import Gradients, Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.modeling.kernels.chunks import cut, join
 
@@ -98,7 +98,7 @@ def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax
     return _queries_of(out, q.shape), _queries_of(lse[..., None], (*q.shape[:3], 1))[..., 0]
 
 
-def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, ...]:
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> Gradients:
     q, count = queries.q, keys.k.shape[2]
     options = Options(causal, _even_chunk(q.shape[1], CHUNK))
     heads = _heads(q, keys.k, keys.v, queries.ids, keys.ids)

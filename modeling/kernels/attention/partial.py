@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
+Gradients = tuple[jax.Array, jax.Array, jax.Array]
+"""Of q, k and v."""
+
 
 class Queries(NamedTuple):
     """q [B, S, N, H] and ids, i32[B, S] segments or None.
@@ -36,5 +41,5 @@ class Partial(NamedTuple):
       UnsupportedAttentionError: a case that it cannot do.
     """
 
-    forward: Callable[..., tuple[Any, Any]]
-    backward: Callable[..., tuple[Any, Any, Any]]
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., Gradients]

@@ -163,7 +163,8 @@ class Visit(NamedTuple):
         one, other = zip(*(jnp.split(x, 2) for x in more), strict=True)
         early = _merge(early, other, self.earlier)
         late = _merge(_merge(late, one, True), other, ~self.earlier)
-        return tuple(jnp.concatenate(pair, axis=1) for pair in zip(early, late, strict=True))
+        out, lse = (jnp.concatenate(pair, axis=1) for pair in zip(early, late, strict=True))
+        return out, lse
 
 
 def _merge(sums: Any, more: Any, seen: Any) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from llaso_jax.modeling.kernels.attention.pallas_gpu.backward import Rows, backw
 from llaso_jax.modeling.kernels.attention.pallas_gpu.common import Inputs, Static
 from llaso_jax.modeling.kernels.attention.pallas_gpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_gpu.sizes import BACKWARD, FORWARD, BlockSizes
-from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
+from llaso_jax.modeling.kernels.attention.partial import Gradients, Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.sharding.rules import target_device
 
@@ -123,7 +123,7 @@ def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax
     return out, lse.swapaxes(1, 2) * math.log(2)
 
 
-def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, ...]:
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> Gradients:
     plan = _plan(queries.q, keys.k, keys.v, causal)
     lse = queries.lse.swapaxes(1, 2) / math.log(2)
     saved = queries.q, keys.k, keys.v, queries.ids, keys.ids, queries.out, lse

@@ -24,7 +24,7 @@ from llaso_jax.modeling.kernels.attention.pallas_tpu.common import (
 )
 from llaso_jax.modeling.kernels.attention.pallas_tpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_tpu.sizes import BlockSizes, block_sizes
-from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
+from llaso_jax.modeling.kernels.attention.partial import Gradients, Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.sharding.rules import target_device
 
@@ -146,7 +146,7 @@ def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax
     return out, lse[:, :, 0].swapaxes(1, 2) * math.log(2)
 
 
-def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, ...]:
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> Gradients:
     plan = _plan(queries.q, keys.k, keys.v, causal)
     lse = queries.lse.swapaxes(1, 2)[:, :, None] / math.log(2)
     saved = queries.q, keys.k, keys.v, queries.ids, keys.ids, queries.out, lse
