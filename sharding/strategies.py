@@ -117,8 +117,9 @@ class Plan(NamedTuple):
 
 
 def plans(devices: int) -> Iterator[Plan]:
-    """Every strategy on every mesh of `devices` devices, products included; which of them a model fits, the
-    application knows (planning/fit.py).
+    """Every strategy on every mesh of `devices` devices of one slice, products included.
+
+    Which of them a model and its batches fit, llaso_jax.planning.plans says.
 
     Example:
       list(plans(2)) holds ddp on data=2, fsdp on fsdp=2, tensor on tensor=2 and both contexts on context=2.

@@ -11,7 +11,7 @@ from attention_cases import random
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import jit
-from tolerances import LEAF, assert_close
+from tolerances import BFLOAT16, LEAF, assert_close
 
 from llaso_jax.modeling.kernels.attention import UnsupportedAttentionError, attention
 from llaso_jax.modeling.kernels.attention.reference import reference_attention
@@ -90,18 +90,26 @@ def results(compute, q, k, v, weight) -> dict[str, jax.Array]:
     return {"out": out, **dict(zip(("d_q", "d_k", "d_v"), grads, strict=True))}
 
 
+def rounded(arrays) -> list[np.ndarray]:
+    """To bfloat16 and back."""
+    return [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in arrays]
+
+
 @functools.cache
-def expected(causal: bool, ids: str | None, kv_heads: int) -> dict[str, np.ndarray]:
+def expected(
+    causal: bool, ids: str | None, kv_heads: int, bfloat16: bool = False
+) -> dict[str, np.ndarray]:
     q_ids, kv_ids = segments(ids)
     compute = functools.partial(
         reference_attention, causal=causal, q_segment_ids=q_ids, kv_segment_ids=kv_ids
     )
-    return jax.tree.map(np.asarray, jit(functools.partial(results, compute))(*inputs(kv_heads)))
+    arrays = rounded(inputs(kv_heads)) if bfloat16 else inputs(kv_heads)
+    return jax.tree.map(np.asarray, jit(functools.partial(results, compute))(*arrays))
 
 
 @functools.cache
-def measured(case: Case) -> tuple[dict[str, np.ndarray], str]:
-    """Results in their first order, and the program, on 8 devices."""
+def measured(case: Case, dtype=jnp.float32) -> tuple[dict[str, np.ndarray], str]:
+    """Results as f32 in their first order, and the program, on 8 devices."""
     order = zigzag_order(LENGTH, int(case.mesh.split("context=")[1][0]))
     order = order if case.zigzag else np.arange(LENGTH)
     q_ids, kv_ids = (
@@ -116,10 +124,10 @@ def measured(case: Case) -> tuple[dict[str, np.ndarray], str]:
         implementation=case.implementation,
     )
     with use_rules(make_mesh(case.mesh), strategy(case.strategy)):
-        arrays = [x[:, order] for x in inputs(case.kv_heads)]
+        arrays = [jnp.asarray(x[:, order], dtype) for x in inputs(case.kv_heads)]
         program = jit(functools.partial(results, compute)).lower(*arrays).compile()
     back = np.argsort(order)
-    found = {name: np.asarray(x)[:, back] for name, x in program(*arrays).items()}
+    found = {name: np.asarray(x, np.float32)[:, back] for name, x in program(*arrays).items()}
     return found, program.as_text()
 
 
@@ -129,6 +137,13 @@ def measured(case: Case) -> tuple[dict[str, np.ndarray], str]:
 def test_outputs_and_gradients_are_those_of_one_device(name: str):
     case = {**CASES, **SLOW}[name]
     assert_close(measured(case)[0], expected(case.causal, case.ids, case.kv_heads), LEAF, name)
+
+
+@pytest.mark.slow
+def test_a_ring_in_bfloat16_sums_in_float32():
+    case = CASES["ring, zig-zag"]
+    results, _ = measured(case, jnp.bfloat16)
+    assert_close(results, expected(case.causal, case.ids, case.kv_heads, True), BFLOAT16, "ring")
 
 
 def moved(hlo: str, opcode: str) -> int:

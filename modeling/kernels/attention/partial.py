@@ -31,14 +31,11 @@ class Keys(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """An implementation of attention in two functions of (queries, keys, *, causal).
+    """An implementation of attention in two functions of (queries, keys, *, causal); each refuses what it cannot do.
 
-      forward: results [B, S, N, H], and f32[B, S, N] natural logsumexp of the scores, finite and very low where no key
+    forward: results [B, S, N, H], and f32[B, S, N] natural logsumexp of the scores, finite and very low where no key
       is seen.
-      backward: the part of the gradients of q, k and v that these keys give, given out, lse and d_out over all keys.
-
-    Raises (when called), as the implementation itself:
-      UnsupportedAttentionError: a case that it cannot do.
+    backward: the part of the gradients of q, k and v that these keys give, given out, lse and d_out over all keys.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
