@@ -71,13 +71,13 @@ def strategy(name: str, encoder: str | None = None) -> ShardingRules:
       ShardingError: a part that is unknown, named twice, or not for this place.
     """
     parts = _parts(name, PARTS, "sharding.strategy")
-    contexts = [CONTEXTS[part] for part in parts if part in CONTEXTS]
+    contexts: list[Context] = [CONTEXTS[part] for part in parts if part in CONTEXTS]
     if len(contexts) > 1:
         raise ShardingError(
             f"sharding.strategy={name!r} has 2 ways to attend over parts of a sequence: choose 1 of "
             f"{' and '.join(sorted(CONTEXTS))}."
         )
-    context: Context | None = contexts[0] if contexts else None
+    context = contexts[0] if contexts else None
     rules = make_rules(fsdp="fsdp" in parts, tensor="tensor" in parts, context=context)
     if encoder is None:
         inner = (parts - set(CONTEXTS)) | ({"chunks"} if context else set())
