@@ -28,6 +28,7 @@ PURE_STDLIB = {
     "contextlib",
     "contextvars",
     "dataclasses",
+    "difflib",
     "enum",
     "functools",
     "itertools",

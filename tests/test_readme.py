@@ -133,7 +133,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, command: str, argv: list[str]) -> arg
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(Parsed) as stopped:
-        importlib.import_module(f"llaso_jax.{command}").main(argv)
+        importlib.import_module(f"llaso_jax.{command.replace('-', '_')}").main(argv)
     return stopped.value.arguments
 
 
@@ -149,7 +149,7 @@ def test_a_command_is_accepted_by_its_program(monkeypatch, page, command, argv):
         return  # --help
     if getattr(arguments, "mesh", None):
         parse_mesh(arguments.mesh)
-    if command == "train":
+    if command in ("train", "shard-table"):
         load_config(arguments.config, arguments.overrides)
 
 

@@ -20,6 +20,7 @@ from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.sharding.processes import is_first_process, wait_for_all
 from llaso_jax.training.adapters import with_adapters
+from llaso_jax.training.fit import check_stage
 from llaso_jax.training.loop import StageRun, Workplace
 from llaso_jax.training.metrics import MetricsWriter, plot_metrics
 from llaso_jax.training.report import score_table, transcript_lines
@@ -33,6 +34,7 @@ FREE_ON_RESUME = (
     "description",
     "checkpoint",
     "logging",
+    "sharding",
     "evaluation",
     "num_workers",
     "num_threads",
@@ -77,10 +79,10 @@ def train(
     # 1. Mesh and model.
     device_mesh = make_mesh(mesh)
     model = _model_config(cfg)
-    layout = Layout.of(model, device_mesh)
+    rules = cfg.sharding.rules()
+    layout = Layout.of(model, device_mesh, rules, frozen=cfg.sharding.frozen)
     for stage in cfg.stages:
-        rows = stage.data.rows // stage.accumulation
-        _check_rows(stage.name, rows, layout.batch_shards, mesh, lanes=stage.data.lanes)
+        check_stage(model, stage, rules, device_mesh.shape)
 
     # 2. Output folder: one, which all processes reach; the first writes what is written once.
     first_process = is_first_process()
@@ -95,9 +97,10 @@ def train(
     # 3. Parameters to start from.
     params, hf_config = _initial_params(cfg, model, layout)
     logger.info(
-        "%s: %.2f M parameters, mesh %s (%d %s devices)",
+        "%s: %.2f M parameters, strategy %s, mesh %s (%d %s devices)",
         cfg.name,
         count_params(model) / 1e6,
+        rules.name,
         mesh,
         device_mesh.devices.size,
         device_mesh.devices.flat[0].platform,
@@ -185,7 +188,7 @@ def _initial_params(
     """Parameters, and the Hugging Face configuration they came with (or {})."""
     if cfg.weights is None:
         return random_params(model, layout, cfg.seed), {}
-    _, params, hf_config = load_pretrained(resolve_path(cfg.weights), mesh=layout.mesh)
+    _, params, hf_config = load_pretrained(resolve_path(cfg.weights), shardings=layout.params)
     there = flatten(params)
     if new := [path for path in abstract_params(model) if path not in there]:  # adapters
         params = merge(params, random_params(model, layout, cfg.seed, wanted=set(new).__contains__))
@@ -198,20 +201,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "generation_config.json").write_text(
         json.dumps(ends, indent=2) + "\n", encoding="utf-8"
     )
-
-
-def _check_rows(stage: str, rows: int, shards: int, mesh: str, *, lanes: int = 1) -> None:
-    if rows % lanes:
-        raise ConfigError(
-            f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) are not a "
-            f"multiple of data.lanes={lanes}. Choose fewer lanes, or more rows."
-        )
-    if rows % shards:
-        raise ConfigError(
-            f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) do not split over "
-            f"the {shards} data and fsdp devices of mesh {mesh!r}. Choose data.rows as a multiple of "
-            f"accumulation x {shards}."
-        )
 
 
 def _check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.blocks import FLOOR, even_block
+from llaso_jax.modeling.kernels.attention.partial import Gradients, Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import differentiable, named
 from llaso_jax.modeling.kernels.chunks import cut, join
 
@@ -54,9 +55,12 @@ def chunked_attention(
     chunk: int = CHUNK,
 ) -> jax.Array:
     """See `llaso_jax.modeling.kernels.attention.attention`. Memory: chunk*N/K*T f32 scores, of one head at a time."""
+    return _attention(q, k, v, q_segment_ids, kv_segment_ids, _options(q, causal, chunk))
+
+
+def _options(q: jax.Array, causal: bool, chunk: int = CHUNK) -> Options:
     length = q.shape[1]
-    options = Options(causal, min(chunk, even_block(length, chunk, VECTOR), length))
-    return _attention(q, k, v, q_segment_ids, kv_segment_ids, options)
+    return Options(causal, min(chunk, even_block(length, chunk, VECTOR), length))
 
 
 def _forward(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, options: Options):
@@ -77,6 +81,26 @@ def _backward(options: Options, saved, d_out: jax.Array):
 
 
 _attention = differentiable(_forward, _backward)
+
+
+def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, jax.Array]:
+    q = queries.q
+    options = _options(q, causal)
+    heads = _heads(q, keys.k, keys.v, queries.ids, keys.ids)
+    out, lse = jax.lax.map(functools.partial(_head_forward, options), heads)
+    return _queries_of(out, q.shape), _queries_of(lse[..., None], (*q.shape[:3], 1))[..., 0]
+
+
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> Gradients:
+    q, count = queries.q, keys.k.shape[2]
+    options = _options(q, causal)
+    heads = _heads(q, keys.k, keys.v, queries.ids, keys.ids)
+    lse = _split(queries.lse[..., None], count)[..., 0]
+    saved = heads, _split(queries.out, count), lse
+    return _backward(options, saved, queries.d_out)
+
+
+chunked_partial = Partial(_partial_forward, _partial_backward)
 
 
 def _heads(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any) -> Head:

@@ -1,0 +1,44 @@
+"""Which strategies a recipe can be trained with on a number of devices, and what is in the way of the others."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh
+
+from llaso_jax.config import RunConfig
+from llaso_jax.errors import ConfigError
+from llaso_jax.modeling.functional import param_shardings
+from llaso_jax.planning.recipe import planned_model, planned_stage
+from llaso_jax.sharding.mesh import parse_mesh
+from llaso_jax.sharding.rules import ShardingError
+from llaso_jax.sharding.strategies import Plan, plans, strategy
+from llaso_jax.training.fit import check_stage
+
+
+class JudgedPlan(NamedTuple):
+    """A plan, and why the recipe cannot be trained with it: None if it can."""
+
+    plan: Plan
+    reason: str | None
+
+
+def judged_plans(recipe: RunConfig, devices: int, *, stage: int = 0) -> Iterator[JudgedPlan]:
+    """Every strategy on every mesh of `devices` devices, as stage `stage` of `recipe` fits it.
+
+    `sharding.encoder` of the recipe is kept. No device is needed.
+
+    Raises:
+      ConfigError: no such stage, or rules that do not fit the model.
+    """
+    model, _ = planned_model(recipe)
+    chosen = planned_stage(recipe, stage)
+    for plan in plans(devices):
+        sizes = parse_mesh(plan.mesh)
+        rules = strategy(plan.strategy, recipe.sharding.encoder)
+        try:
+            param_shardings(model, AbstractMesh(tuple(sizes.values()), tuple(sizes)), rules)
+            check_stage(model, chosen, rules, sizes)
+        except (ShardingError, ConfigError) as error:
+            yield JudgedPlan(plan, str(error))
+        else:
+            yield JudgedPlan(plan, None)
