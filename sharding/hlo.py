@@ -186,7 +186,7 @@ def array_bytes(shape: Shape) -> int:
 def count_flops(program: Program) -> float:
     """FLOPs of all matrix products, convolutions and kernels (a multiply-add counts 2), loops unrolled.
 
-    Kernels (custom calls) count what their cost estimate says.
+    Kernels (custom calls) count what their cost estimate says, convolutions of cuDNN as any other.
 
     Raises:
       HloError: a product that is a call of a library, as in programs compiled on a GPU, or a loop without an end.

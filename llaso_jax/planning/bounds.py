@@ -32,7 +32,7 @@ class Bounds:
     @property
     def predicted(self) -> float:
         """Time of a step whose collectives all run beside its arithmetic."""
-        return max(self.steps, self.interconnect)
+        return max(self.steps, self.seconds)
 
     @property
     def binding(self) -> str:

@@ -32,6 +32,8 @@ from llaso_jax.training.optimizer import ParameterRule, learning_rate_scales
 
 MOMENTS = 2  # of AdamW, f32 as the weights they belong to
 F32 = 4
+OVERHEAD = 0.06
+"""Copies, padding and fragmentation of compiled steps: what was missing, in the middle of docs/plan.md's table."""
 HEAD = "language_model/embed_tokens/weight"  # its output side too, where they are tied
 
 
@@ -42,7 +44,7 @@ class Estimate:
     Attributes:
       weights: parameters, trained ones in f32.
       optimizer: moments.
-      gradients: of the trained parameters, summed over micro-batches in f32.
+      gradients: of the trained parameters in f32: a micro-batch's, and the sum of several.
       saved: what the forward pass keeps for the backward pass.
       working: the larger of the loss and the backward pass of one layer.
     """
@@ -55,8 +57,9 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.weights + self.optimizer + self.gradients + self.saved + self.working
+        """All of it, and OVERHEAD."""
+        known = self.weights + self.optimizer + self.gradients + self.saved + self.working
+        return round((1 + OVERHEAD) * known)
 
 
 def estimate(
@@ -85,7 +88,7 @@ def estimate(
     return Estimate(
         weights=held + trained,
         optimizer=MOMENTS * trained,
-        gradients=trained,
+        gradients=trained * min(2, stage.accumulation),
         saved=rows * _saved_bytes(model, stage, compute, frozen),
         working=_working_bytes(model, stage, compute, rows),
     )
@@ -171,8 +174,8 @@ def _working_bytes(
     logits = 2 * answers * text.padded_vocab_size * F32
     loss = table * item + logits + (table * F32 if head_is_trained else 0)
     positions = rows * stage.data.sequence_length
-    # Inputs, outputs and gradients of the feed-forward network, and its weights with their gradient.
-    inside = 6 * text.intermediate_size + 8 * text.hidden_size
+    # Of the feed-forward network: gradients of its inside, of its inputs and outputs; its weights and their gradient.
+    inside = 3 * text.intermediate_size + 4 * text.hidden_size
     weights = 2 * 3 * text.hidden_size * text.intermediate_size
     return max(loss, (positions * inside + weights) * item)
 

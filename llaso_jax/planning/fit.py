@@ -88,7 +88,7 @@ def _limits(memory: Callable[..., Estimate], limit: float, devices: int) -> tupl
 def fit_text(found: Sequence[Fit], hbm_gib: float, devices: int) -> str:
     """A table of what fits and of what would."""
     header = ("recipe", "stage", "trains", "remat", "rows", "positions", "GiB", "")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     for one in found:
         note = ""
         if not one.rows:

@@ -53,7 +53,7 @@ def hbm_by_owner(step: AbstractStep, program: Program, peak: int) -> dict[str, i
 def argument_bytes(step: AbstractStep) -> dict[str, int]:
     """Bytes on each device of what a step is given, without padding; they are there all the time."""
     state, frozen, batch, _ = step.arguments
-    owners = dict.fromkeys(ARGUMENTS, 0)
+    owners: dict[str, int] = dict.fromkeys(ARGUMENTS, 0)
     for params in (state.trainable, frozen):
         for path, leaf in flatten(params).items():
             owners[_PARTS[path.split("/")[0]]] += device_bytes([leaf])

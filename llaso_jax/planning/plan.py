@@ -251,7 +251,7 @@ def mesh_name(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "1x1"
 
 
-def _refused(error: jax.errors.JaxRuntimeError) -> Exception:
+def _refused(error: Exception) -> Exception:
     """What the compiler says of memory, in one line; other errors as they are."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
