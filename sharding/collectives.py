@@ -93,14 +93,11 @@ def collectives(program: Program) -> list[Collective]:
         collective = Collective(opcode, size, _groups(operation), times)
         chain = _CHAIN.search(operation.rest)
         key: object = (computation, operation.name)
-        if (
-            chain
-        ):  # one operation in several pieces, which overlap with what else is in their fusions
+        if chain:  # one operation in several pieces, each fused with work that hides it
             channel = _CHANNEL.search(operation.rest)
             key = (chain[1], channel and channel[1])
-        if (
-            key not in found or found[key].times > times
-        ):  # a piece may lie in a loop of the work beside it
+        # A piece may lie in a loop of that work: its start and its end run least.
+        if key not in found or found[key].times > times:
             found[key] = collective
     return list(found.values())
 

@@ -6,46 +6,14 @@ only the update. Collectives count what they read and write here; what they send
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 from llaso_jax.sharding.hlo import Operation, Program, array_bytes, operation_flops
 
-_FREE = frozenset(
-    (
-        *(
-            "parameter",
-            "constant",
-            "get-tuple-element",
-            "tuple",
-            "bitcast",
-            "after-all",
-            "partition-id",
-        ),
-        *(
-            "replica-id",
-            "while",
-            "conditional",
-            "call",
-            "optimization-barrier",
-            "iota",
-            "async-start",
-        ),
-        *(
-            "async-update",
-            "async-done",
-            "copy-done",
-            "slice-done",
-            "all-gather-done",
-            "all-reduce-done",
-        ),
-        *(
-            "collective-permute-done",
-            "reduce-scatter-done",
-            "all-to-all-done",
-            "send-done",
-            "recv-done",
-        ),
-    )
+_FREE = re.compile(
+    r"parameter|constant|iota|partition-id|replica-id|after-all|optimization-barrier|tuple|get-tuple-element|"
+    r"bitcast|while|conditional|call|async-(start|update|done)|.*-done"
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UNMOVED_CALLS = ("AllocateBuffer", "AsyncCollectiveDone", "ConcatBitcast")
@@ -72,7 +40,7 @@ def operation_costs(program: Program) -> Iterator[Cost]:
         if not times or name in program.fused:
             continue
         for operation in program.computations[name].values():
-            if operation.opcode not in _FREE:
+            if not _FREE.fullmatch(operation.opcode):
                 flops = _flops(program, name, operation)
                 moved = _moved(program, program.computations[name], operation)
                 if flops or moved:

@@ -15,21 +15,8 @@ from llaso_jax.sharding.hlo import Operation, Program, Shape, array_bytes
 _HBM = 0
 _HANDED_ON = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "while", "after-all")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
-_MAY_REUSE = frozenset(
-    (
-        *(
-            "add",
-            "multiply",
-            "subtract",
-            "divide",
-            "convert",
-            "negate",
-            "select",
-            "maximum",
-            "tanh",
-        ),
-        *("all-reduce", "all-reduce-start"),
-    )
+_MAY_REUSE = re.compile(
+    r"add|multiply|subtract|divide|convert|negate|select|maximum|tanh|all-reduce(-start)?"
 )
 _ALIASES = re.compile(r"\{(\d*)\}: \((\d+), \{")
 
@@ -208,7 +195,7 @@ class _Walk:
         self, operation: Operation, shape: Shape, given: list[_Leaves], uses: Counter[str]
     ) -> int | None:
         """The place of an operand that nothing needs any more, for a result of its size."""
-        if operation.opcode not in _MAY_REUSE and "kind=kLoop" not in operation.rest:
+        if not _MAY_REUSE.fullmatch(operation.opcode) and "kind=kLoop" not in operation.rest:
             return None
         for name, leaves in zip(operation.operands, given, strict=True):
             if uses[name] == 1 and len(leaves) == 1 and leaves[0] is not None:

@@ -17,6 +17,7 @@ from llaso_jax import fit as fit_command
 from llaso_jax import plan as plan_command
 from llaso_jax.config import RunConfig, load_config
 from llaso_jax.errors import ConfigError
+from llaso_jax.planning import plan as planning
 from llaso_jax.planning import search
 from llaso_jax.planning.bounds import Bounds, step_bounds
 from llaso_jax.planning.estimate import estimate
@@ -201,6 +202,15 @@ def test_the_largest_batch_is_the_last_that_fits_and_is_found_quickly(fixed, eac
 def test_a_batch_of_nothing_is_an_error():
     with pytest.raises(PlanError, match=r"one row needs 0\.95 GiB of 1\.00"):
         largest_batch(lambda rows: of_size(rows, fixed=90, each=5))
+
+
+def test_more_than_a_device_has_is_an_error_where_the_compiler_lets_it_pass(monkeypatch):
+    full = dataclasses.replace(planned("1x1"), peak_hbm_bytes=3 * GIB)
+    monkeypatch.setattr(planning, "topology_devices", lambda name: jax.devices()[:1])
+    monkeypatch.setattr(planning, "find_accelerator", lambda kind: DEVICE)
+    monkeypatch.setattr(planning, "plan_on", lambda *args, **kwargs: full)
+    with pytest.raises(PlanError, match=r"needs 3\.00 GiB of 1\.00"):
+        planning.plan(small(), topology="toy:1", mesh="1x1")
 
 
 def test_meshes_that_cannot_be_are_listed_with_their_reasons(monkeypatch):

@@ -85,11 +85,14 @@ def estimate(
     """
     compute, frozen = precision.resolve("gpu")
     held, trained = _stored_bytes(model, stage.parameters, frozen, devices)
+    saved = rows * _saved_bytes(model, stage, compute, frozen)
+    if compute.remat == "none" and devices > 1:
+        saved += _gathered_bytes(model, compute)
     return Estimate(
         weights=held + trained,
         optimizer=MOMENTS * trained,
         gradients=trained * min(2, stage.accumulation),
-        saved=rows * _saved_bytes(model, stage, compute, frozen),
+        saved=saved,
         working=_working_bytes(model, stage, compute, rows),
     )
 
@@ -143,6 +146,15 @@ def _saved_bytes(
         for leaf in jax.tree.leaves(residuals)
         if tuple(sorted(leaf.shape)) not in weights
     )
+
+
+def _gathered_bytes(model: SpeechLMConfig, compute: ComputeConfig) -> int:
+    """Of the decoder's layers as gathered for use, which the backward pass reads again if nothing is recomputed."""
+    layers = "language_model/layers/"
+    count = sum(
+        info.size for path, info in abstract_params(model).items() if path.startswith(layers)
+    )
+    return count * compute.jnp_dtype.itemsize
 
 
 def _row(model: SpeechLMConfig, data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:

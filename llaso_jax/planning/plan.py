@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llaso_jax.config import RunConfig, StageConfig
 from llaso_jax.errors import ConfigError, LlasoError
 from llaso_jax.planning.bounds import Bounds, step_bounds
-from llaso_jax.planning.hardware import Accelerator, find_accelerator
+from llaso_jax.planning.hardware import GIB, Accelerator, find_accelerator
 from llaso_jax.planning.memory import hbm_by_owner
 from llaso_jax.planning.recipe import planned_model, planned_stage
 from llaso_jax.planning.topology import topology_devices
@@ -166,7 +166,11 @@ def plan(
         )
     # A mesh may leave devices of a topology unused: one chip, of a slice of four.
     chosen = make_mesh(mesh, devices=devices[: math.prod(parse_mesh(mesh).values())])
-    return plan_on(chosen, device, recipe, topology=topology, stage=stage, batch=batch)
+    found = plan_on(chosen, device, recipe, topology=topology, stage=stage, batch=batch)
+    if found.hbm_share > 1:  # compilers for TPUs refuse this themselves
+        needed, there = found.peak_hbm_bytes / GIB, device.hbm_bytes / GIB
+        raise PlanError(f"does not fit: needs {needed:.2f} GiB of {there:.2f}.")
+    return found
 
 
 def plan_on(
