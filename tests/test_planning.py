@@ -294,9 +294,7 @@ def test_what_is_no_number_of_rows_is_refused(capsys):
 MEASURE = """
 import jax, numpy as np, pathlib, sys
 sys.path.insert(0, "tests")
-from llaso_jax.sharding.mesh import make_mesh
-from llaso_jax.training.abstract import AbstractStep, abstract_step
-from llaso_jax.training.state import Layout
+from llaso_jax.planning.memory import peak_bytes
 from test_planning import measured_step
 
 def kib(field):
@@ -305,8 +303,7 @@ def kib(field):
 
 step = measured_step()
 compiled = step.compile()
-memory = compiled.memory_analysis()
-predicted = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+predicted = peak_bytes(compiled.memory_analysis(), "cpu")
 before = kib("VmRSS")
 make = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype) + np.ones((), leaf.dtype), leaf.sharding)
 arguments = jax.tree.map(make, step.arguments)

@@ -50,6 +50,15 @@ def hbm_by_owner(step: AbstractStep, program: Program, peak: int) -> dict[str, i
     return owners
 
 
+def peak_bytes(memory: Any, platform: str) -> int:
+    """Most memory that a device needs at a time for a compiled program, from its `memory_analysis()`."""
+    if platform != "cpu":
+        return memory.peak_memory_in_bytes
+    # There the figure leaves out temporaries, which are one piece of memory all the time.
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+
+
 def argument_bytes(step: AbstractStep) -> dict[str, int]:
     """Bytes on each device of what a step is given, without padding; they are there all the time."""
     state, frozen, batch, _ = step.arguments

@@ -17,7 +17,7 @@ from llaso_jax.config import RunConfig, StageConfig
 from llaso_jax.errors import ConfigError, LlasoError
 from llaso_jax.planning.bounds import Bounds, step_bounds
 from llaso_jax.planning.hardware import GIB, Accelerator, find_accelerator
-from llaso_jax.planning.memory import hbm_by_owner
+from llaso_jax.planning.memory import hbm_by_owner, peak_bytes
 from llaso_jax.planning.recipe import planned_model, planned_stage
 from llaso_jax.planning.topology import topology_devices
 from llaso_jax.sharding.collectives import collective_bytes
@@ -198,11 +198,7 @@ def plan_on(
     memory = compiled.memory_analysis()
     if memory is None:
         raise PlanError(f"the compiler for {topology or device.name} gives no memory analysis.")
-    peak = memory.peak_memory_in_bytes
-    if platform == "cpu":
-        # There the figure leaves out temporaries, which are one piece of memory all the time.
-        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+    peak = peak_bytes(memory, platform)
     program = parse(compiled.as_text() or "")
     costs = list(operation_costs(program))
     sent = collective_bytes(program, mesh.shape)
