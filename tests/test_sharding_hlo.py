@@ -141,6 +141,31 @@ def test_a_product_hidden_in_a_library_is_an_error_and_not_nothing():
         count_flops(parse(text))
 
 
+def test_a_triton_kernel_counts_what_its_scope_says():
+    text = """\
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  ROOT %k = bf16[8,16]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="PATH"}
+}
+""".replace("PATH", "jit(step)/shard_map/flops=2048/attention_forward/pallas_call")
+    assert count_flops(parse(text)) == 2048
+
+
+def test_a_convolution_of_cudnn_counts_as_any_other():
+    plain = """\
+ENTRY %main (a: bf16[2,30,8]) -> bf16[2,30,4] {
+  %a = bf16[2,30,8]{2,1,0} parameter(0)
+  %w = bf16[4,3,8]{2,1,0} parameter(1)
+  ROOT %c = bf16[2,30,4]{2,1,0} convolution(%a, %w), window={size=3 pad=1_1}, dim_labels=b0f_o0i->b0f
+}
+"""
+    library = plain.replace("= bf16[2,30,4]{2,1,0} conv", "= (bf16[2,30,4]{2,1,0}, u8[64]{0}) conv")
+    library = library.replace("convolution(", "custom-call(").replace(
+        "->b0f\n", '->b0f, custom_call_target="__cudnn$convBiasActivationForward"\n'
+    )
+    assert count_flops(parse(library)) == count_flops(parse(plain)) == 2 * 2 * (3 * 30 - 2) * 8 * 4
+
+
 def test_batched_products_written_as_padded_windows_count_once_each():
     """How libtpu writes [20, 5, 8] x [20, 8, 7]: a window over the batch, mostly padding."""
     text = """\
