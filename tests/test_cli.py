@@ -47,7 +47,9 @@ def test_help_of_a_command_shows_usage_and_examples(command: str):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "convert", "evaluate", "shard_table"])
+@pytest.mark.parametrize(
+    "command", ["train", "generate", "convert", "evaluate", "ablate", "shard_table"]
+)
 def test_help_and_mistyped_flags_answer_before_jax_is_loaded(command: str):
     program = (
         "import sys\n"

@@ -28,7 +28,7 @@ from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import abstract_params, bind, flatten, merge
 from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.training.optimizer import ParameterRule, learning_rate_scales
-from llaso_jax.training.run import _check_rows
+from llaso_jax.training.run import check_rows
 from llaso_jax.training.state import Layout
 from llaso_jax.training.step import place_batch
 
@@ -184,7 +184,7 @@ def test_rows_are_dealt_to_micro_batches_in_order_on_every_mesh(inputs):
 
 def test_rows_that_do_not_split_over_the_mesh_are_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=r"6 rows per micro-batch .* the 4 data and fsdp devices"):
-        _check_rows("align", 6, 4, "4x2")
+        check_rows("align", 6, 4, "4x2")
 
 
 # --- what is trained ------------------------------------------------------------------------------

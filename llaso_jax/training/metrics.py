@@ -30,7 +30,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _drop_torn_line(self.path)
+        drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
@@ -57,7 +57,7 @@ class MetricsWriter:
                     self._events.add_scalar(f"{stage}/{kind}/{name}", value, step)
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Remove what a process that ended while writing left after the last whole line."""
     if path.is_file():
         content = path.read_bytes()

@@ -75,19 +75,19 @@ def train(
 
     # 1. Mesh and model.
     device_mesh = make_mesh(mesh)
-    model = _model_config(cfg)
+    model = model_config(cfg)
     layout = Layout.of(model, device_mesh)
     for stage in cfg.stages:
-        _check_rows(stage.name, stage.data.rows // stage.accumulation, layout.batch_shards, mesh)
+        check_rows(stage.name, stage.data.rows // stage.accumulation, layout.batch_shards, mesh)
 
     # 2. Output folder.
     _prepare_output(cfg, output, overwrite=overwrite)
     tokenizer = load_tokenizer(resolve_path(cfg.tokenizer))
-    _check_vocabulary(model, tokenizer, cfg.tokenizer)
+    check_vocabulary(model, tokenizer, cfg.tokenizer)
     text_files = _save_tokenizer(tokenizer, output / "tokenizer")
 
     # 3. Parameters to start from.
-    params, hf_config = _initial_params(cfg, model, layout)
+    params, hf_config = initial_params(cfg, model, layout)
     logger.info(
         "%s: %.2f M parameters, mesh %s (%d %s devices)",
         cfg.name,
@@ -153,7 +153,7 @@ def train(
     return RunResult(output, output / "model", hf, first, last)
 
 
-def _model_config(cfg: RunConfig) -> SpeechLMConfig:
+def model_config(cfg: RunConfig) -> SpeechLMConfig:
     """The architecture that is trained, with the adapters the recipe adds."""
     if cfg.weights is None:
         assert cfg.model is not None
@@ -168,7 +168,7 @@ def _model_config(cfg: RunConfig) -> SpeechLMConfig:
     return with_adapters(model, cfg.lora)
 
 
-def _initial_params(
+def initial_params(
     cfg: RunConfig, model: SpeechLMConfig, layout: Layout
 ) -> tuple[Params, dict[str, Any]]:
     """Parameters, and the Hugging Face configuration they came with (or {})."""
@@ -190,7 +190,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
-def _check_rows(stage: str, rows: int, shards: int, mesh: str) -> None:
+def check_rows(stage: str, rows: int, shards: int, mesh: str) -> None:
+    """Raise ConfigError unless the `rows` of a micro-batch split over the batch's `shards`."""
     if rows % shards:
         raise ConfigError(
             f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) do not split over "
@@ -199,7 +200,8 @@ def _check_rows(stage: str, rows: int, shards: int, mesh: str) -> None:
         )
 
 
-def _check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:
+def check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:
+    """Raise ConfigError unless the model has an embedding for every token."""
     if len(tokenizer) > model.text.vocab_size:
         raise ConfigError(
             f"tokenizer {name!r} has {len(tokenizer)} tokens, the model model.text.vocab_size="
@@ -222,9 +224,9 @@ def _prepare_output(cfg: RunConfig, output: Path, *, overwrite: bool) -> None:
         # The settings go last: a deletion cut short leaves a run that can still be overwritten.
         for path in [path for path in output.iterdir() if path != resolved] + [resolved]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    elif differences := _differences(earlier, to_tree(cfg)):
+    elif changed := differences(earlier, to_tree(cfg)):
         raise CheckpointError(
-            f"{output} holds a run of other settings ({'; '.join(differences[:5])}). Choose another "
+            f"{output} holds a run of other settings ({'; '.join(changed[:5])}). Choose another "
             f"--output, use the settings of {resolved}, or pass --overwrite to start over."
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -244,13 +246,14 @@ def _settings_of_run(path: Path) -> dict[str, Any] | None:
     return tree if is_run else None
 
 
-def _differences(earlier: Any, now: Any, key: str = "") -> list[str]:
+def differences(earlier: Any, now: Any, key: str = "") -> list[str]:
+    """Where two trees of settings differ, in words; settings that may differ when resumed are left out."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         return [
             difference
             for name in {**earlier, **now}
             if name not in FREE_ON_RESUME
-            for difference in _differences(
+            for difference in differences(
                 earlier.get(name), now.get(name), f"{key}.{name}" if key else name
             )
         ]
@@ -258,6 +261,6 @@ def _differences(earlier: Any, now: Any, key: str = "") -> list[str]:
         return [
             difference
             for index, pair in enumerate(zip(earlier, now, strict=True))
-            for difference in _differences(*pair, f"{key}.{index}")
+            for difference in differences(*pair, f"{key}.{index}")
         ]
     return [] if earlier == now else [f"{key}: {earlier!r} there, {now!r} now"]

@@ -1,0 +1,179 @@
+"""Points of a sweep: every combination of its axes. An axis is a field of the recipe, or some that move together."""
+
+import dataclasses
+import difflib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from llaso_jax.config import RunConfig, apply_override, parse_config, to_tree
+from llaso_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MESH = "mesh"  # swept like a field of the recipe, and given to `llaso train` as --mesh
+
+Axis = list[dict[str, str]]
+"""What takes turns: settings (field -> YAML text of its value) of each turn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One combination.
+
+    Attributes:
+      mesh: as `llaso train --mesh`.
+      settings: (dotted field, YAML text) of what differs from the recipe.
+    """
+
+    mesh: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def config(self, base: RunConfig) -> RunConfig:
+        """The recipe with this point's settings; raises ConfigError where they cannot work."""
+        tree = to_tree(base)
+        for field, value in self.settings:
+            apply_override(tree, f"{field}={value}")
+        return parse_config(RunConfig, tree)
+
+    def values(self) -> dict[str, str]:
+        """Value of every swept field, the mesh among them."""
+        return {MESH: self.mesh, **dict(self.settings)}
+
+
+def sharding_axis(devices: int) -> Axis:
+    """Every mesh of `devices`: all ways to split them over data, fsdp and tensor, whether or not a model fits.
+
+    Whole copies on every device come first: what the others are compared with is then as one device computes it.
+    """
+    splits = [
+        (data, fsdp, devices // (data * fsdp))
+        for data in _divisors(devices)
+        for fsdp in _divisors(devices // data)
+    ]
+    return [{MESH: mesh_text(data=d, fsdp=f, tensor=t)} for d, f, t in splits]
+
+
+def mesh_text(**sizes: int) -> str:
+    """The shortest text of a mesh: "4x2", or "data=2,fsdp=4"."""
+    named = {axis: size for axis, size in sizes.items() if size > 1}
+    if not named.keys() - {"fsdp", "tensor"}:
+        return f"{sizes.get('fsdp', 1)}x{sizes.get('tensor', 1)}"
+    return ",".join(f"{axis}={size}" for axis, size in named.items())
+
+
+def swept_axis(assignments: Sequence[str], base: RunConfig, stage: int) -> Axis:
+    """The axis that one `--sweep field=value,value … field=value,value …` describes.
+
+    Fields of one axis move together: all take their first value, then all their second. A single value stays.
+
+    Raises:
+      ConfigError: no assignment, numbers of values that differ, or a field that `find_field` does not find.
+    """
+    columns: dict[str, list[str]] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        values = _split(text)
+        if not equals or not values:
+            raise ConfigError(
+                f"--sweep {assignment!r} is not understood: write field=value,value, such as "
+                f"remat=none,dots,layer."
+            )
+        field = MESH if name == MESH else find_field(name, base, stage)
+        if field in columns:
+            raise ConfigError(f"--sweep {' '.join(assignments)}: {field} is there twice.")
+        columns[field] = values if field != MESH else [str(yaml.safe_load(v)) for v in values]
+    length = max(map(len, columns.values()))
+    for field, values in columns.items():
+        if len(values) not in (1, length):
+            raise ConfigError(
+                f"--sweep {' '.join(assignments)}: {field} has {len(values)} values where another field has "
+                f"{length}. Fields of one --sweep move together; to combine all values give each its own."
+            )
+    return [
+        {field: values[index % len(values)] for field, values in columns.items()}
+        for index in range(length)
+    ]
+
+
+def grid(axes: Sequence[Axis], *, mesh: str) -> list[Point]:
+    """Every combination of the axes, the last changing fastest; on `mesh` where no axis names meshes.
+
+    Raises:
+      ConfigError: a field in two axes.
+    """
+    fields = [field for axis in axes for field in axis[0]]
+    if twice := sorted({field for field in fields if fields.count(field) > 1}):
+        raise ConfigError(f"two axes of the sweep set {', '.join(twice)}: leave it in one.")
+    points = []
+    for turns in itertools.product(*axes):
+        settings = {field: value for turn in turns for field, value in turn.items()}
+        points.append(Point(settings.pop(MESH, mesh), tuple(settings.items())))
+    return list(dict.fromkeys(points))
+
+
+def find_field(name: str, base: RunConfig, stage: int) -> str:
+    """Dotted path of the field that `name` means: its path, the end of it, or else its last word alone.
+
+    Only fields of `stage` are looked at, not those of other stages. That a name was taken for a path which does not
+    end in it ("data.audio_mode" for model.audio_mode) is logged.
+
+    Raises:
+      ConfigError: no such field, or several; the message names them.
+    """
+    paths = [path for path in _paths(base) if not _of_other_stage(path, stage)]
+    last = name.rpartition(".")[2]
+    for ending in dict.fromkeys((name, last)):
+        found = [path for path in paths if f".{path}".endswith(f".{ending}")]
+        found = [name] if name in found else found
+        if len(found) > 1:
+            raise ConfigError(
+                f"--sweep {name}: several fields end so, {', '.join(found)}. Write more of the path."
+            )
+        if found:
+            if ending != name:
+                logger.info("--sweep %s is taken for %s", name, found[0])
+            return found[0]
+    names = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    near = [names[close] for close in difflib.get_close_matches(last, names, n=3)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(
+        f"--sweep {name}: the recipe has no such field in stage {stage}; {hint}"
+        f"`config.yaml` of a run lists all fields."
+    )
+
+
+def _paths(value: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted path of every field of a configuration, at every depth."""
+    if dataclasses.is_dataclass(value):
+        inner = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple):
+        inner = [(str(index), item) for index, item in enumerate(value)]
+        inner = [(index, item) for index, item in inner if dataclasses.is_dataclass(item)]
+    else:
+        return
+    for name, item in inner:
+        yield f"{prefix}{name}"
+        yield from _paths(item, f"{prefix}{name}.")
+
+
+def _of_other_stage(path: str, stage: int) -> bool:
+    return path.startswith("stages") and not f"{path}.".startswith(f"stages.{stage}.")
+
+
+def _split(text: str) -> list[str]:
+    """Texts of the values in "a,b" as they are written; commas inside [], {} or quotes do not split."""
+    try:
+        node = yaml.compose(f"[{text}]", Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--sweep values {text!r} are not valid YAML: {error}") from error
+    assert isinstance(node, yaml.SequenceNode)
+    return [text[item.start_mark.index - 1 : item.end_mark.index - 1] for item in node.value]
+
+
+def _divisors(number: int) -> list[int]:
+    """The largest first."""
+    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
