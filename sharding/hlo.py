@@ -15,7 +15,8 @@ Shape = tuple[str, tuple[int, ...]]
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (\(.*\) -> .*)?\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -23,6 +24,8 @@ _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
 _LIBRARY = re.compile(r'custom_call_target="(__(?:cublas|cudnn|onednn)[^"]*)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIM_LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
+# What these run is a sequence of operations of its own; what others call is a part of them.
+_STEPS = ("while", "conditional", "call", "async-start")
 
 
 class HloError(ValueError):
@@ -37,6 +40,7 @@ class Operation:
       name: unique in its computation.
       opcode: "dot", "while", "all-gather", ...
       shapes: what it gives; several for a tuple.
+      spaces: the memory each of them is in: 0 is the device's own, 1 a TPU's VMEM, 5 the host's.
       operands: names of what it takes, of the same computation.
       arguments: the text between its parentheses: the value of a constant.
       rest: the text behind the operands: attributes and metadata.
@@ -45,6 +49,7 @@ class Operation:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
+    spaces: tuple[int, ...]
     operands: tuple[str, ...]
     arguments: str
     rest: str
@@ -78,8 +83,34 @@ class Program:
         visit(self.entry, 1)
         return counts
 
+    @functools.cached_property
+    def fused(self) -> frozenset[str]:
+        """Computations that are part of one operation: bodies of fusions, and what a reduction applies."""
+        inside: set[str] = set()
+
+        def visit(name: str) -> None:
+            if name in inside or name not in self.computations:
+                return
+            inside.add(name)
+            for operation in self.computations[name].values():
+                for called, _ in self._calls(operation):
+                    visit(called)
+
+        for operations in self.computations.values():
+            for operation in operations.values():
+                if operation.opcode not in _STEPS:
+                    for called, _ in self._calls(operation):
+                        visit(called)
+        return frozenset(inside)
+
+    def called(self, operation: Operation) -> list[str]:
+        """Computations that an operation runs."""
+        return [name for name, _ in self._calls(operation) if name in self.computations]
+
     def _calls(self, operation: Operation) -> Iterator[tuple[str, int]]:
         """Computations an operation runs, and how often each time."""
+        if operation.opcode in ("async-update", "async-done"):
+            return  # they name what async-start runs
         times = self._trips(operation) if operation.opcode == "while" else 1
         for name in _CALLED.findall(operation.rest):
             yield name, times
@@ -137,6 +168,13 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
+def array_bytes(shape: Shape) -> int:
+    """Bytes of an array without padding; 0 of a token."""
+    kind, sizes = shape
+    bits = 8 if kind == "pred" else int((re.findall(r"\d+", kind) or ["0"])[0])
+    return -(-math.prod(sizes) * bits // 8)
+
+
 def count_flops(program: Program) -> float:
     """FLOPs of all matrix products, convolutions and kernels (a multiply-add counts 2), loops unrolled.
 
@@ -145,19 +183,21 @@ def count_flops(program: Program) -> float:
     Raises:
       HloError: a product that is a call of a library, as in programs compiled on a GPU, or a loop without an end.
     """
-    total = 0.0
-    for name, times in program.runs.items():
-        if not times:
-            continue
-        computation = program.computations[name]
-        for operation in computation.values():
-            if operation.opcode == "dot":
-                total += times * _dot_flops(operation, computation)
-            elif operation.opcode == "convolution":
-                total += times * _convolution_flops(operation, computation)
-            elif operation.opcode == "custom-call":
-                total += times * _custom_flops(operation)
-    return total
+    return sum(
+        times * operation_flops(operation, program.computations[name])
+        for name, times in program.runs.items()
+        if times
+        for operation in program.computations[name].values()
+    )
+
+
+def operation_flops(operation: Operation, computation: dict[str, Operation]) -> float:
+    """FLOPs of one run of an operation of `computation`, without those of what it calls; as `count_flops`."""
+    if operation.opcode == "dot":
+        return _dot_flops(operation, computation)
+    if operation.opcode == "convolution":
+        return _convolution_flops(operation, computation)
+    return _custom_flops(operation) if operation.opcode == "custom-call" else 0.0
 
 
 def _custom_flops(operation: Operation) -> float:
@@ -176,10 +216,12 @@ def _operation(name: str, text: str) -> Operation:
     opening = call.index("(")
     closing = _closing(call, opening)
     arguments = call[opening + 1 : closing]
+    arrays = _arrays(result)
     return Operation(
         name=name,
         opcode=call[:opening],
-        shapes=_arrays(result),
+        shapes=tuple(shape for shape, _ in arrays),
+        spaces=tuple(space for _, space in arrays),
         operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
         arguments=arguments,
         rest=call[closing + 1 :],
@@ -196,11 +238,14 @@ def _closing(text: str, start: int) -> int:
     raise HloError(f"a parenthesis is not closed: {text[:200]}")
 
 
-def _arrays(text: str) -> tuple[Shape, ...]:
-    # Layouts ({1,0:T(8,128)}) hold no [ ]; comments (/*index=5*/) neither.
-    return tuple(
-        (kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(text)
-    )
+def _arrays(text: str) -> tuple[tuple[Shape, int], ...]:
+    """Every array of a result type and its memory; layouts hold tiles and memory: {1,0:T(8,128)S(1)}."""
+    found = []
+    for kind, sizes, layout in _ARRAY.findall(text):
+        space = _SPACE.search(layout)
+        shape = (kind, tuple(int(n) for n in sizes.split(",") if n))
+        found.append((shape, int(space[1]) if space else 0))
+    return tuple(found)
 
 
 def _dot_flops(operation: Operation, computation: dict[str, Operation]) -> float:

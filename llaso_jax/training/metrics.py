@@ -5,23 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-PEAK_FLOPS = {
-    # Dense bf16 FLOP/s per device, from the makers' data sheets.
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from llaso_jax.planning.hardware import find_accelerator
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a device kind as JAX names it; None where it is not known (CPUs)."""
-    known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    known = find_accelerator(device_kind)
+    return known and known.flops
 
 
 class MetricsWriter:

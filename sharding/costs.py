@@ -1,0 +1,179 @@
+"""What each operation of a compiled program costs a device: FLOPs, and bytes between its memory and its cores.
+
+Bytes are those of the arrays in the device's own memory that an operation reads and writes, without what stays in a
+TPU's VMEM. A fusion reads of an operand only what its slices take, and writes of a result that it updates in place
+only the update. Collectives count what they read and write here; what they send is in `collectives`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from llaso_jax.sharding.hlo import Operation, Program, array_bytes, operation_flops
+
+_FREE = frozenset(
+    (
+        *(
+            "parameter",
+            "constant",
+            "get-tuple-element",
+            "tuple",
+            "bitcast",
+            "after-all",
+            "partition-id",
+        ),
+        *(
+            "replica-id",
+            "while",
+            "conditional",
+            "call",
+            "optimization-barrier",
+            "iota",
+            "async-start",
+        ),
+        *(
+            "async-update",
+            "async-done",
+            "copy-done",
+            "slice-done",
+            "all-gather-done",
+            "all-reduce-done",
+        ),
+        *(
+            "collective-permute-done",
+            "reduce-scatter-done",
+            "all-to-all-done",
+            "send-done",
+            "recv-done",
+        ),
+    )
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+_UNMOVED_CALLS = ("AllocateBuffer", "AsyncCollectiveDone", "ConcatBitcast")
+_HBM = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One operation: what each of its runs costs, and how often it runs."""
+
+    name: str
+    flops: float
+    hbm_bytes: int
+    times: int
+
+
+def operation_costs(program: Program) -> Iterator[Cost]:
+    """Every operation that a device starts by itself: fusions count as one, loops by what is in them.
+
+    Raises:
+      HloError: as `count_flops`.
+    """
+    for name, times in program.runs.items():
+        if not times or name in program.fused:
+            continue
+        for operation in program.computations[name].values():
+            if operation.opcode not in _FREE:
+                flops = _flops(program, name, operation)
+                moved = _moved(program, program.computations[name], operation)
+                if flops or moved:
+                    yield Cost(operation.name, flops, moved, times)
+
+
+def _flops(program: Program, computation: str, operation: Operation) -> float:
+    total = operation_flops(operation, program.computations[computation])
+    if operation.opcode == "fusion":
+        for called in program.called(operation):
+            inside = program.computations[called].values()
+            total += sum(_flops(program, called, part) for part in inside)
+    return total
+
+
+def _moved(program: Program, computation: dict[str, Operation], operation: Operation) -> int:
+    results = _sizes(operation)
+    if operation.opcode == "fusion":
+        (body, *_) = program.called(operation)
+        return _fusion_moved(computation, operation, program.computations[body])
+    if operation.opcode in ("copy-start", "slice-start"):
+        # (destination, source, ...) or ((source), destination, ...): the moved part is the smaller one.
+        (first, second) = zip(operation.shapes[:2], operation.spaces[:2], strict=True)
+        size = min(array_bytes(first[0]), array_bytes(second[0]))
+        return size * sum(space == _HBM for _, space in (first, second))
+    if operation.opcode == "custom-call" and any(n in operation.rest for n in _UNMOVED_CALLS):
+        return 0
+    if operation.opcode in _SLICES:
+        source = computation[operation.operands[0]]
+        return sum(results) + (_whole(operation) if source.spaces[0] == _HBM else 0)
+    if operation.opcode in ("dynamic-update-slice", "scatter"):
+        update = computation[operation.operands[1 if operation.opcode[0] == "d" else -1]]
+        return 2 * sum(_sizes(update))
+    return sum(results) + sum(
+        sum(_sizes(computation[n])) for n in dict.fromkeys(operation.operands)
+    )
+
+
+def _fusion_moved(
+    computation: dict[str, Operation], fusion: Operation, body: dict[str, Operation]
+) -> int:
+    parameters = {int(op.arguments): op for op in body.values() if op.opcode == "parameter"}
+    users: dict[str, list[Operation]] = {}
+    for op in body.values():
+        for name in op.operands:
+            users.setdefault(name, []).append(op)
+    root = list(body.values())[-1]
+    if "AsyncCollectiveDone" in root.rest:
+        return 0  # what arrived was counted where it started
+    read = 0
+    for index, name in enumerate(fusion.operands):
+        held = sum(_sizes(computation[name]))
+        if held:
+            read += min(held, _read(parameters[index], users))
+    return read + _written(root, body, fusion)
+
+
+def _read(value: Operation, users: dict[str, list[Operation]]) -> int:
+    """Bytes of a fusion's parameter that its users take."""
+    total = 0
+    for user in users.get(value.name, []):
+        if user.opcode in _SLICES and user.operands[0] == value.name:
+            total += _whole(user)
+        elif user.opcode == "bitcast":
+            total += _read(user, users)
+        elif user.opcode == "tuple" or (
+            user.opcode == "dynamic-update-slice" and user.operands[0] == value.name
+        ):
+            continue  # handed on, or updated in place
+        else:
+            return _whole(value)
+    return total
+
+
+def _written(root: Operation, body: dict[str, Operation], fusion: Operation) -> int:
+    parts = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(fusion.spaces):
+        return sum(_sizes(fusion))  # a kernel that gives several results at once
+    total = 0
+    for part, space in zip(parts, fusion.spaces, strict=True):
+        if space == _HBM:
+            total += _result(part, body)
+    return total
+
+
+def _result(value: Operation, body: dict[str, Operation]) -> int:
+    """Bytes that giving this value writes."""
+    if value.opcode == "bitcast":
+        return _result(body[value.operands[0]], body)
+    if value.opcode == "parameter" or "chain_id=" in value.rest:
+        return 0  # handed on: a collective that goes on in the next fusion
+    if value.opcode == "dynamic-update-slice":
+        return _whole(body[value.operands[1]])
+    return _whole(value)
+
+
+def _sizes(operation: Operation) -> Sequence[int]:
+    """Bytes of what an operation gives, of each array in the device's memory."""
+    pairs = zip(operation.shapes, operation.spaces, strict=True)
+    return [array_bytes(shape) for shape, space in pairs if space == _HBM]
+
+
+def _whole(operation: Operation) -> int:
+    return sum(array_bytes(shape) for shape in operation.shapes)
