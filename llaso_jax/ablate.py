@@ -29,6 +29,8 @@ EXAMPLES = """examples:
       fields of one --sweep move together
   llaso ablate sharding --devices 8 --by memory --sweep remat=none,layer --output runs/memory stages.0.accumulation=2
       the least memory; settings at the end hold for all points
+  llaso ablate sharding --config llaso_base_align --topology v5e:4x2
+      the same meshes, ranked by what a plan predicts for a TPU slice
 """
 
 EXIT_ERROR = 1
@@ -42,8 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     sharding = words[:1] == [SHARDING]
     parser = _parser()
     args = parser.parse_args(words[1:] if sharding else words)
-    if sharding and args.devices is None:
-        parser.error("sharding needs --devices")
+    if sharding and args.devices is None and args.topology is None:
+        parser.error("sharding needs --devices or --topology")
+    if args.topology is not None and args.by == "loss":
+        parser.error("--by loss: nothing is trained with --topology")
     if not sharding and not args.sweep:
         parser.error("nothing to sweep: give --sweep field=value,value, or `llaso ablate sharding`")
 
@@ -57,13 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     from llaso_jax.ablation.sweep import Sweep
     from llaso_jax.config import load_config
     from llaso_jax.planning.recipe import planned_stage
+    from llaso_jax.planning.topology import topology_devices
 
     try:
         cfg = load_config(args.config, args.overrides)
         planned_stage(cfg, args.stage)
-        axes = [sharding_axis(args.devices)] if sharding else []
-        axes += [swept_axis(assignments, cfg, args.stage) for assignments in args.sweep]
-        points = grid(axes, mesh=args.mesh)
+        axes = [swept_axis(assignments, cfg, args.stage) for assignments in args.sweep]
+        if sharding:
+            devices = args.devices or len(topology_devices(args.topology))
+            axes.insert(0, sharding_axis(devices))
+        points = grid(axes, mesh=args.mesh, topology=args.topology)
         output = args.output or Path("runs") / f"ablate-{cfg.name}"
         return _run(Sweep(cfg, args.stage, args.steps), points, output, args, console)
     except LlasoError as error:
@@ -86,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", default="mini", help="recipe (default: %(default)s)")
     parser.add_argument(
-        "--devices", type=_at_least(1), help="of `sharding`: how many to split; all of the machine"
+        "--devices",
+        type=_at_least(1),
+        help="of `sharding`: how many to split, all of the machine's",
+    )
+    parser.add_argument(
+        "--topology",
+        help="predict for these devices: v5e:4x2, v5p:2x2x1, h100:8 (default: run here)",
     )
     parser.add_argument(
         "--mesh", default="1x1", help="of points whose mesh is not swept (default: %(default)s)"
@@ -97,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FIELD=VALUE,VALUE",
-        help="values of a field, or of `mesh`; several fields move together, several --sweep are combined",
+        help="values of a field, of `mesh` or `topology`; several fields move together, several --sweep are combined",
     )
     parser.add_argument(
         "--stage", type=int, default=0, help="whose steps are measured (default: %(default)s)"
@@ -133,6 +146,7 @@ def _run(
     console: Console,
 ) -> int:
     from llaso_jax.ablation import report
+    from llaso_jax.ablation.results import rank
     from llaso_jax.ablation.sweep import run_sweep
     from llaso_jax.evaluation.progress import progress_bar
 
@@ -150,17 +164,17 @@ def _run(
         for row in trials:
             rows.append(row)
             bar.advance(task)
-    results = report.rank(rows, args.by)
-    console.print(report.result_table(rows, results))
-    for note in report.notes(rows, results):
+    outcomes = rank(rows, args.by)
+    console.print(report.result_table(rows, outcomes))
+    for note in report.notes(rows, outcomes):
         console.print(f"- {note}", markup=False, highlight=False)
-    report.write_csv(output / "table.csv", rows, results)
-    best = report.winner(results)
+    report.write_csv(output / "table.csv", rows, outcomes)
+    best = report.winner(outcomes)
     if best is None:
-        console.print(f"\nNo point ran: {output}/logs has what each said.", highlight=False)
+        console.print(f"\nNo point worked: {output}/logs has what each said.", highlight=False)
         return EXIT_ERROR
-    report.plot(output / "plot.png", rows, results)
-    command = report.write_winner(output / "winner.yaml", best.point, sweep.config)
+    report.plot(output / "plot.png", rows, outcomes)
+    command = report.write_winner(output / "winner.yaml", best, sweep.config)
     console.print(f"\nIn {output}: table.csv, plot.png, winner.yaml. To train the best:")
     console.print(f"  {command}", highlight=False)
     return 0

@@ -146,8 +146,8 @@ def test_a_name_that_means_no_field_or_several_is_an_error_with_the_candidates(n
 
 
 def test_fields_of_other_stages_are_no_candidates():
-    with pytest.raises(ConfigError, match=r"in stage 0; did you mean stages\.0\.data\.window"):
-        find_field("stages.1.data.windows", MINI, 0)
+    with pytest.raises(ConfigError, match=r"in stage 0; did you mean stages\.0\.data\.rows"):
+        find_field("stages.1.data.rows", MINI, 0)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from training_setup import config, recipe, run, write_inputs, write_recipe
 from llaso_jax.ablate import main
 from llaso_jax.ablation import report, sweep
 from llaso_jax.ablation.grid import Point
+from llaso_jax.ablation.results import rank
 from llaso_jax.ablation.sweep import Row, Sweep, read_rows, run_sweep
 from llaso_jax.ablation.trial import Measured
 from llaso_jax.config import load_config, to_tree
@@ -161,11 +162,11 @@ def rows_of(**points: Measured | str) -> list[Row]:
 
 
 def order(rows: list[Row], by="speed") -> list[str]:
-    return [result.point.mesh for result in report.rank(rows, by)]
+    return [result.point.mesh for result in rank(rows, by)]
 
 
 def test_the_first_step_of_a_program_is_not_timed():
-    (result,) = report.rank(rows_of(a=measured()))
+    (result,) = rank(rows_of(a=measured()))
     assert result.step_seconds == 0.375
     assert result.samples_per_second == 15 / 0.75
 
@@ -184,7 +185,7 @@ def test_ranks_follow_speed_memory_or_loss():
         Row(Point("1x1", (("seed", str(n)),)), measured(losses=loss))
         for n, loss in enumerate(losses)
     ]
-    assert [r.measured.losses[-1] for r in report.rank(other, "loss")] == [1.0, 2.0]
+    assert [r.measured.losses[-1] for r in rank(other, "loss")] == [1.0, 2.0]
 
 
 def test_a_point_that_computes_something_else_comes_last_and_never_wins():
@@ -194,7 +195,7 @@ def test_a_point_that_computes_something_else_comes_last_and_never_wins():
         c=measured(grad_norms=(1.0, 1.0, 1 + 2e-4), step_seconds=(1.0, 0.1, 0.1)),
     )
     assert order(rows) == ["a", "b", "c"]
-    results = report.rank(rows)
+    results = rank(rows)
     assert [result.agrees for result in results] == [True, True, False]
     assert results[1].loss_difference == pytest.approx(9e-5)
     assert results[2].grad_norm_difference == pytest.approx(2e-4)
@@ -204,7 +205,7 @@ def test_a_point_that_computes_something_else_comes_last_and_never_wins():
 
 def test_bfloat16_may_differ_by_its_own_rounding():
     first, second = measured(dtype="bfloat16"), measured(losses=(3.0, 2.0, 1.01), dtype="bfloat16")
-    assert all(result.agrees for result in report.rank(rows_of(a=first, b=second)))
+    assert all(result.agrees for result in rank(rows_of(a=first, b=second)))
 
 
 def test_points_are_compared_where_they_should_compute_the_same():
@@ -218,7 +219,7 @@ def test_points_are_compared_where_they_should_compute_the_same():
         Row(point("8x1", **two), measured(losses=(9.0,) * 3)),
         Row(point("4x2", **two, **{"stages.0.accumulation": "2"}), measured(losses=(9.0,) * 3)),
     ]
-    references = {result.point: result.reference for result in report.rank(rows)}
+    references = {result.point: result.reference for result in rank(rows)}
     assert [references[row.point] for row in rows] == [None, rows[0].point, None, rows[2].point]
 
 
@@ -234,7 +235,7 @@ def test_only_fields_that_differ_name_a_point():
 
 def test_the_csv_holds_every_point_and_the_plot_is_drawn(tmp_path):
     rows = rows_of(a=measured(), b="ShardingError: 3 heads\nmore")
-    results = report.rank(rows)
+    results = rank(rows)
     report.write_csv(tmp_path / "t.csv", rows, results)
     report.plot(tmp_path / "p.png", rows, results)
     first, second = csv.DictReader((tmp_path / "t.csv").open())
@@ -290,7 +291,7 @@ def test_meshes_agree_and_one_that_fails_is_a_row(killed):
     rows = read_rows(folder / "out" / "trials.jsonl")
     assert "8 rows per micro-batch" in (rows[1].error or "")
     assert "8 rows per micro-batch" in said
-    results = report.rank(rows)
+    results = rank(rows)
     assert len(results) == 2
     assert all(result.agrees for result in results)
     (other,) = (result for result in results if result.reference is not None)
@@ -366,7 +367,7 @@ def test_a_mistake_is_told_in_words(arguments: list[str], told: str, capsys):
     ("arguments", "told"),
     [
         ([], "nothing to sweep"),
-        (["sharding"], "sharding needs --devices"),
+        (["sharding"], "sharding needs --devices or --topology"),
         (["sharding", "--devices", "0"], "at least 1"),
         (["--sweep", "remat=none", "--steps", "1"], "at least 2"),
     ],

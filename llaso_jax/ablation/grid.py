@@ -14,7 +14,7 @@ from llaso_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MESH = "mesh"  # swept like a field of the recipe, and given to `llaso train` as --mesh
+MESH, TOPOLOGY = "mesh", "topology"  # options of commands, swept like fields of the recipe
 
 Axis = list[dict[str, str]]
 """What takes turns: settings (field -> YAML text of its value) of each turn."""
@@ -27,10 +27,12 @@ class Point:
     Attributes:
       mesh: as `llaso train --mesh`.
       settings: (dotted field, YAML text) of what differs from the recipe.
+      topology: devices to predict for, such as "v5e:4x2"; None measures on those of this machine.
     """
 
     mesh: str
     settings: tuple[tuple[str, str], ...] = ()
+    topology: str | None = None
 
     def config(self, base: RunConfig) -> RunConfig:
         """The recipe with this point's settings; raises ConfigError where they cannot work."""
@@ -40,8 +42,9 @@ class Point:
         return parse_config(RunConfig, tree)
 
     def values(self) -> dict[str, str]:
-        """Value of every swept field, the mesh among them."""
-        return {MESH: self.mesh, **dict(self.settings)}
+        """Value of every swept field, of the mesh and of the topology."""
+        topology = {} if self.topology is None else {TOPOLOGY: self.topology}
+        return {**topology, MESH: self.mesh, **dict(self.settings)}
 
 
 def sharding_axis(devices: int) -> Axis:
@@ -82,10 +85,11 @@ def swept_axis(assignments: Sequence[str], base: RunConfig, stage: int) -> Axis:
                 f"--sweep {assignment!r} is not understood: write field=value,value, such as "
                 f"remat=none,dots,layer."
             )
-        field = MESH if name == MESH else find_field(name, base, stage)
+        place = name in (MESH, TOPOLOGY)
+        field = name if place else find_field(name, base, stage)
         if field in columns:
             raise ConfigError(f"--sweep {' '.join(assignments)}: {field} is there twice.")
-        columns[field] = values if field != MESH else [str(yaml.safe_load(v)) for v in values]
+        columns[field] = [str(yaml.safe_load(value)) for value in values] if place else values
     length = max(map(len, columns.values()))
     for field, values in columns.items():
         if len(values) not in (1, length):
@@ -99,8 +103,8 @@ def swept_axis(assignments: Sequence[str], base: RunConfig, stage: int) -> Axis:
     ]
 
 
-def grid(axes: Sequence[Axis], *, mesh: str) -> list[Point]:
-    """Every combination of the axes, the last changing fastest; on `mesh` where no axis names meshes.
+def grid(axes: Sequence[Axis], *, mesh: str, topology: str | None = None) -> list[Point]:
+    """Every combination of the axes, the last changing fastest; on `mesh` and `topology` where no axis names them.
 
     Raises:
       ConfigError: a field in two axes.
@@ -111,7 +115,8 @@ def grid(axes: Sequence[Axis], *, mesh: str) -> list[Point]:
     points = []
     for turns in itertools.product(*axes):
         settings = {field: value for turn in turns for field, value in turn.items()}
-        points.append(Point(settings.pop(MESH, mesh), tuple(settings.items())))
+        where = settings.pop(MESH, mesh), settings.pop(TOPOLOGY, topology)
+        points.append(Point(where[0], tuple(settings.items()), where[1]))
     return list(dict.fromkeys(points))
 
 
@@ -126,7 +131,7 @@ def find_field(name: str, base: RunConfig, stage: int) -> str:
     """
     paths = [path for path in _paths(base) if not _of_other_stage(path, stage)]
     last = name.rpartition(".")[2]
-    for ending in dict.fromkeys((name, last)):
+    for ending in (name,) if _of_other_stage(name, stage) else (name, last):
         found = [path for path in paths if f".{path}".endswith(f".{ending}")]
         found = [name] if name in found else found
         if len(found) > 1:

@@ -24,6 +24,7 @@ from llaso_jax.ablation.grid import Point
 from llaso_jax.ablation.trial import Measured, TrialSpec
 from llaso_jax.config import RunConfig, parse_config, to_tree
 from llaso_jax.errors import CheckpointError, ConfigError, LlasoError
+from llaso_jax.planning.plan import Plan
 from llaso_jax.training.metrics import drop_torn_line
 from llaso_jax.training.run import differences
 
@@ -56,10 +57,11 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What came of a point: measurements, or the error it ended with."""
+    """What came of a point: measurements, a plan, or the error it ended with."""
 
     point: Point
     measured: Measured | None = None
+    planned: Plan | None = None
     error: str | None = None
 
 
@@ -115,7 +117,7 @@ def _try(sweep: Sweep, point: Point, place: Path, timeout: float | None) -> Row:
         cfg = point.config(sweep.config)
     except LlasoError as error:
         return Row(point, error=f"{type(error).__name__}: {error}")
-    spec = TrialSpec(cfg, point.mesh, sweep.stage, sweep.steps)
+    spec = TrialSpec(cfg, point.mesh, sweep.stage, sweep.steps, point.topology)
     place.parent.mkdir(exist_ok=True)
     result, log = place.with_suffix(".json"), place.with_suffix(".log")
     result.unlink(missing_ok=True)  # of a sweep killed right after this trial

@@ -1,9 +1,9 @@
-"""One point of a sweep: some steps of the real training of a stage, timed and measured.
+"""One point of a sweep: some steps of the real training of a stage, timed and measured, or its plan.
 
 `python -m llaso_jax.ablation.trial RESULT` is what a sweep starts for every point: a process of its own, so that its
 devices, its memory and its crash are its own. It reads a `TrialSpec` as one line of JSON from its standard input,
-writes `{"measured": …}` or `{"error": …}` to the file RESULT, and ends when that input is closed: a trial does not
-outlive its sweep.
+writes `{"measured": …}`, `{"planned": …}` or `{"error": …}` to the file RESULT, and ends when that input is closed: a
+trial does not outlive its sweep.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from llaso_jax.config import RunConfig, parse_config, resolve_path, to_tree
 from llaso_jax.data.batch import Batch
 from llaso_jax.data.tokenizer import load_tokenizer
 from llaso_jax.errors import DataError, NonFiniteLossError
+from llaso_jax.planning.plan import plan
 from llaso_jax.planning.recipe import planned_stage
 from llaso_jax.sharding.mesh import make_mesh, parse_mesh, provide_cpu_devices
 from llaso_jax.training.loop import StageRun, Workplace
@@ -48,12 +49,14 @@ class TrialSpec:
       mesh: as `llaso train --mesh`.
       stage: which of its stages is run, from its own first batch and the recipe's weights.
       steps: optimizer steps.
+      topology: devices to plan for (planning/topology.py); None runs on those of this machine.
     """
 
     config: RunConfig
     mesh: str
     stage: int
     steps: int
+    topology: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,14 +204,18 @@ def _peak_bytes(program: jax.stages.Compiled) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the trial on standard input, and write what came of it."""
+    """Run or plan the trial on standard input, and write what came of it."""
     (result,) = sys.argv[1:] if argv is None else argv
     spec = parse_config(TrialSpec, json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loading threads tokenize already
     try:
-        outcome = {"measured": to_tree(run_trial(spec))}
+        if spec.topology is None:
+            outcome = {"measured": to_tree(run_trial(spec))}
+        else:
+            found = plan(spec.config, topology=spec.topology, mesh=spec.mesh, stage=spec.stage)
+            outcome = {"planned": to_tree(found)}
     except Exception as error:
         logger.exception("the trial failed")
         outcome = {"error": f"{type(error).__name__}: {error}"}
