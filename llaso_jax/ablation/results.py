@@ -1,4 +1,4 @@
-"""Points of a sweep beside each other: what was measured and how far from what should be the same, or what was planned."""
+"""Outcomes of a sweep: what was measured, and how far from what should be the same; or what was planned."""
 
 import dataclasses
 import statistics

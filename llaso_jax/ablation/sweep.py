@@ -171,7 +171,7 @@ def _prepare(sweep: Sweep, output: Path, *, overwrite: bool) -> None:
             )
     elif overwrite:
         shutil.rmtree(output)
-    elif found := differences(earlier, now):
+    elif found := differences(earlier, now, free=()):
         raise CheckpointError(
             f"{output} holds a sweep of other settings ({'; '.join(found[:5])}): what was measured there cannot "
             f"stand beside this. Choose another --output, or pass --overwrite to start over."

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -246,21 +247,23 @@ def _settings_of_run(path: Path) -> dict[str, Any] | None:
     return tree if is_run else None
 
 
-def differences(earlier: Any, now: Any, key: str = "") -> list[str]:
-    """Where two trees of settings differ, in words; settings that may differ when resumed are left out."""
+def differences(
+    earlier: Any, now: Any, key: str = "", *, free: Collection[str] = FREE_ON_RESUME
+) -> list[str]:
+    """Where two trees of settings differ, in words; settings named in `free` may, at any depth."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         return [
             difference
             for name in {**earlier, **now}
-            if name not in FREE_ON_RESUME
+            if name not in free
             for difference in differences(
-                earlier.get(name), now.get(name), f"{key}.{name}" if key else name
+                earlier.get(name), now.get(name), f"{key}.{name}" if key else name, free=free
             )
         ]
     if isinstance(earlier, list) and isinstance(now, list) and len(earlier) == len(now):
         return [
             difference
             for index, pair in enumerate(zip(earlier, now, strict=True))
-            for difference in differences(*pair, f"{key}.{index}")
+            for difference in differences(*pair, f"{key}.{index}", free=free)
         ]
     return [] if earlier == now else [f"{key}: {earlier!r} there, {now!r} now"]
