@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         planned_stage(cfg, args.stage)
         axes = [swept_axis(assignments, cfg, args.stage) for assignments in args.sweep]
         if sharding:
-            devices = args.devices or len(topology_devices(args.topology))
+            devices = args.devices or len(topology_devices(str(args.topology)))
             axes.insert(0, sharding_axis(devices))
         points = grid(axes, mesh=args.mesh, topology=args.topology)
         output = args.output or Path("runs") / f"ablate-{cfg.name}"

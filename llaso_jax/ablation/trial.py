@@ -200,7 +200,9 @@ def _next_batch(run: StageRun, steps: int) -> Batch:
 
 
 def _peak_bytes(program: jax.stages.Compiled) -> int:
-    return program.memory_analysis().peak_memory_in_bytes
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.peak_memory_in_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
