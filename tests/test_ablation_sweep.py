@@ -21,6 +21,9 @@ from llaso_jax.ablation.sweep import Row, Sweep, read_rows, run_sweep
 from llaso_jax.ablation.trial import Measured
 from llaso_jax.config import load_config, to_tree
 from llaso_jax.errors import CheckpointError, ConfigError
+from llaso_jax.planning.bounds import Bounds
+from llaso_jax.planning.hardware import ACCELERATORS
+from llaso_jax.planning.plan import Plan
 
 # --- the machinery, with trials that are over at once ---------------------------------------------
 
@@ -226,6 +229,57 @@ def test_points_are_compared_where_they_should_compute_the_same():
     ]
     references = {result.point: result.reference for result in rank(rows)}
     assert [references[row.point] for row in rows] == [None, rows[0].point, None, rows[2].point]
+
+
+def planned(seconds: float, gib: float) -> Plan:
+    return Plan(
+        recipe="mini",
+        stage="align",
+        topology="v5e:4x2",
+        mesh="fsdp=8",
+        devices=8,
+        device=ACCELERATORS[0],
+        rows=8,
+        accumulation=2,
+        sequence_length=112,
+        chunks_per_row=3,
+        remat="none",
+        peak_hbm_bytes=int(gib * 2**30),
+        hbm_by_owner={"llm": 1},
+        analytic_flops=1e12,
+        counted_flops=1e12,
+        collectives={"fsdp": {"all-gather": 1e9}},
+        bounds=Bounds(
+            compute=seconds / 4, hbm=seconds / 2, interconnect=seconds / 8, steps=seconds
+        ),
+        compile_seconds=30.0,
+    )
+
+
+def test_plans_are_ranked_by_prediction_or_memory_and_survive_their_file(tmp_path):
+    rows = [
+        Row(Point("8x1", topology="v5e:4x2"), planned=planned(2.0, 1.0)),
+        Row(Point("4x2", topology="v5e:4x2"), planned=planned(1.0, 2.0)),
+        Row(
+            Point("1x8", topology="v5e:4x2"),
+            error="PlanError: does not fit: Used 17G of 15.75G hbm.",
+        ),
+    ]
+    (tmp_path / "trials.jsonl").write_text("".join(json.dumps(to_tree(r)) + "\n" for r in rows))
+    assert read_rows(tmp_path / "trials.jsonl") == rows
+    assert order(rows) == ["4x2", "8x1"]
+    assert order(rows, "memory") == ["8x1", "4x2"]
+    outcomes = rank(rows)
+    assert report.winner(outcomes) == rows[1].point
+    report.write_csv(tmp_path / "t.csv", rows, outcomes)
+    report.plot(tmp_path / "p.png", rows, outcomes)
+    first, _, last = read_table(tmp_path / "t.csv")
+    assert (first["mesh"], first["predicted_step_seconds"], first["binding"]) == (
+        "4x2",
+        "1.0",
+        "hbm",
+    )
+    assert "does not fit" in last["error"]
 
 
 def test_only_fields_that_differ_name_a_point():

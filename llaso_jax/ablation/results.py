@@ -106,7 +106,7 @@ class Result:
             "s/step": f"{self.step_seconds:.3f}",
             "samples/s": f"{self.samples_per_second:.1f}",
             "compile s": f"{self.measured.compile_seconds:.1f}",
-            "GiB/device": f"{self.peak_bytes / GIB:.3f}",
+            "GiB a device": f"{self.peak_bytes / GIB:.3g}",
             "Δ loss": "reference" if first else f"{self.loss_difference:.1e}",
             "Δ grad norm": "" if first else f"{self.grad_norm_difference:.1e}",
         }
@@ -159,7 +159,7 @@ class Forecast:
             "compute s": f"{plan.bounds.compute:.3f}",
             "memory s": f"{plan.bounds.hbm:.3f}",
             "links s": f"{plan.bounds.interconnect:.3f}",
-            "GiB/device": f"{plan.peak_hbm_bytes / GIB:.2f}",
+            "GiB a device": f"{plan.peak_hbm_bytes / GIB:.3g}",
             "of all": f"{plan.hbm_share:.0%}",
         }
 
