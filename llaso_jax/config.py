@@ -25,6 +25,7 @@ from llaso_jax.modeling.compute import ComputeConfig, RematPolicy
 from llaso_jax.modeling.kernels.attention.api import Implementation
 from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.speech_lm import LossConfig, SpeechLMConfig
+from llaso_jax.sharding.strategies import ShardingConfig
 from llaso_jax.training.optimizer import OptimizerConfig, ParameterRule
 
 RECIPES = Path(__file__).parent / "configs"
@@ -175,6 +176,7 @@ class RunConfig:
       stages: stages in order; each starts from the weights of the one before.
       prompt: chat format and system prompt.
       precision: dtypes, rematerialization, attention.
+      sharding: how the model is split over the axes of the mesh (docs/sharding.md).
       checkpoint: saving.
       logging: metrics.
       seed: seed of random weights and of dropout (data order has its own, data.seed).
@@ -189,6 +191,7 @@ class RunConfig:
     lora: tuple[LoraRule, ...] = ()
     prompt: PromptConfig = PromptConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     seed: int = 0

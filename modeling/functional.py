@@ -17,9 +17,18 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.lora import linear_layers
 from llaso_jax.modeling.speech_lm import SpeechLM, SpeechLMConfig
-from llaso_jax.sharding.rules import FSDP_TENSOR, LogicalAxes, ShardingRules, named_sharding
+from llaso_jax.sharding.rules import (
+    FSDP_TENSOR,
+    LogicalAxes,
+    ShardingRules,
+    check_axes,
+    named_sharding,
+)
 
 Params = dict[str, Any]
+
+ENCODER = "audio_tower/"
+"""Where the speech encoder's parameters are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +77,25 @@ def linear_paths(cfg: SpeechLMConfig) -> frozenset[str]:
 
 
 def param_shardings(
-    cfg: SpeechLMConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules = FSDP_TENSOR
+    cfg: SpeechLMConfig,
+    mesh: Mesh | AbstractMesh,
+    rules: ShardingRules = FSDP_TENSOR,
+    *,
+    as_used: bool = False,
 ) -> dict[str, NamedSharding]:
-    """How every parameter of the model is stored on `mesh`, by path.
+    """How every parameter of the model is stored on `mesh`, by path; `as_used`: as computation sees it.
 
     Raises:
-      ShardingError: a dimension that does not divide over the mesh, or an axis without a rule.
+      ShardingError: a dimension that does not divide over the mesh, an axis without a rule, or an axis of the mesh
+        that splits nothing.
     """
-    return {
-        path: named_sharding(path, info.shape, info.logical_axes, rules.storage, mesh)
-        for path, info in abstract_params(cfg).items()
-    }
+    check_axes(rules, mesh.shape)
+    shardings = {}
+    for path, info in abstract_params(cfg).items():
+        own = rules.encoder if rules.encoder and path.startswith(ENCODER) else rules
+        table = own.compute if as_used else own.storage
+        shardings[path] = named_sharding(path, info.shape, info.logical_axes, table, mesh)
+    return shardings
 
 
 def count_params(cfg: SpeechLMConfig) -> int:

@@ -219,7 +219,7 @@ class LlamaModel(nnx.Module):
         if self.cfg.padded_vocab_size > self.cfg.vocab_size:
             real = jnp.arange(self.cfg.padded_vocab_size) < self.cfg.vocab_size
             logits = jnp.where(real[None, None], logits, -1e30)
-        return constrain(logits, "batch", "sequence", "vocab")
+        return constrain(logits, "batch", "answers", "vocab")
 
     def __call__(
         self,
@@ -227,6 +227,7 @@ class LlamaModel(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        zigzag: bool = False,
         hidden_states: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Causal forward pass within segments.
@@ -235,12 +236,14 @@ class LlamaModel(nnx.Module):
           x: [B, S, D] input embeddings.
           positions: i32[B, S] rotary positions.
           segment_ids: i32[B, S] packed samples; attention never crosses them.
+          zigzag: all of these, and the results, are in the order of a ring (sharding/context.py).
           hidden_states: also return the input of every layer and the output of the last, before the norm.
 
         Returns:
           [B, S, D] hidden states after the final norm and, if asked for, [L+1, B, S, D].
         """
-        last, kept = self._scan(x, positions, segment_ids, keep="input" if hidden_states else None)
+        keep = "input" if hidden_states else None
+        last, kept = self._scan(x, positions, segment_ids, keep=keep, zigzag=zigzag)
         states = None if kept is None else jnp.concatenate([kept, last[None]])
         return self.norm(last), states
 
@@ -302,7 +305,13 @@ class LlamaModel(nnx.Module):
         return rotary_table(positions, frequencies)
 
     def _scan(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, *, keep: str | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        keep: str | None,
+        zigzag: bool = False,
     ):
         """Scan the layers; `keep` stacks each layer's "input" or its "kv"."""
         rope = self._rope(positions)
@@ -316,6 +325,7 @@ class LlamaModel(nnx.Module):
                 causal=True,
                 q_segment_ids=segment_ids,
                 kv_segment_ids=segment_ids,
+                zigzag=zigzag,
                 implementation=self.compute.attention,
             )
             return out, (k, v)

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llaso_jax.modeling.compute import ComputeConfig
@@ -18,7 +19,8 @@ from llaso_jax.modeling.llama import KVCache, LlamaConfig, LlamaModel
 from llaso_jax.modeling.lora import LoraRule, add_lora
 from llaso_jax.modeling.projector import Projector, ProjectorConfig
 from llaso_jax.modeling.whisper import WhisperConfig, WhisperEncoder
-from llaso_jax.sharding.rules import constrain
+from llaso_jax.sharding.context import context_plan, zigzag_order
+from llaso_jax.sharding.rules import constrain, use_encoder_rules
 
 Batch = dict[str, jax.Array]
 
@@ -64,6 +66,21 @@ class LossConfig:
             raise ValueError(f"z_loss={self.z_loss} must not be negative.")
 
 
+_OF_POSITIONS = ("tokens", "audio_slot", "positions", "segment_ids")
+
+
+def _in_zigzag(batch: Batch, ranks: int) -> Batch:
+    """The same batch with its positions in the order of a ring, and `answer_index` where they are then.
+
+    Integers are reordered once here, instead of queries, keys and values in every layer.
+    """
+    order = zigzag_order(batch["tokens"].shape[1], ranks)
+    moved = {name: batch[name][:, order] for name in _OF_POSITIONS if name in batch}
+    place = jnp.asarray(np.argsort(order).astype(np.int32))
+    index = batch["answer_index"]
+    return {**batch, **moved, "answer_index": jnp.where(index < 0, index, place[index])}
+
+
 class SpeechLM(nnx.Module):
     """`audio_tower`, `projector`, `language_model`."""
 
@@ -88,10 +105,13 @@ class SpeechLM(nnx.Module):
         """
         b, c, m, f = mel.shape
         lengths = mel_frames.reshape(-1) if self.cfg.audio_mode == "true_length" else None
-        features, _ = self.audio_tower(mel.reshape(b * c, m, f), lengths)
-        frames = self.projector(features)
+        with use_encoder_rules():
+            chunks = constrain(mel.reshape(b * c, m, f), "batch", None, None)
+            features, _ = self.audio_tower(chunks, lengths)
+            frames = self.projector(features)
         frames = frames.reshape(b, c * frames.shape[1], frames.shape[2])
-        return constrain(frames, "batch", "sequence", "embed")
+        # All frames of a row on every device that has a part of it: any position may read any frame.
+        return constrain(frames, "batch", None, "embed")
 
     def embed(self, batch: Batch) -> jax.Array:
         """Input embeddings [B, S, D]: tokens, with audio frames at the positions that have a slot."""
@@ -103,10 +123,10 @@ class SpeechLM(nnx.Module):
         heard = jnp.take_along_axis(audio, jnp.maximum(slots, 0), axis=1)
         return constrain(jnp.where(slots >= 0, heard, text), "batch", "sequence", "embed")
 
-    def hidden(self, batch: Batch) -> jax.Array:
-        """Hidden states [B, S, D] after the final norm."""
+    def hidden(self, batch: Batch, *, zigzag: bool = False) -> jax.Array:
+        """Hidden states [B, S, D] after the final norm; `zigzag`: of a batch in the order of a ring."""
         x = self.embed(batch)
-        out, _ = self.language_model(x, batch["positions"], batch["segment_ids"])
+        out, _ = self.language_model(x, batch["positions"], batch["segment_ids"], zigzag=zigzag)
         return out
 
     def answer_logits(self, batch: Batch) -> jax.Array:
@@ -119,8 +139,13 @@ class SpeechLM(nnx.Module):
 
     def _at_answers(self, batch: Batch) -> jax.Array:
         """[B, A, D] hidden states at `answer_index` (the first position where that is -1)."""
+        plan = context_plan()
+        zigzag = plan is not None and plan.kind == "ring"
+        if zigzag:
+            batch = _in_zigzag(batch, plan.ranks)
         index = jnp.maximum(batch["answer_index"], 0)[..., None]
-        return jnp.take_along_axis(self.hidden(batch), index, axis=1)
+        hidden = jnp.take_along_axis(self.hidden(batch, zigzag=zigzag), index, axis=1)
+        return constrain(hidden, "batch", "answers", "embed")
 
     def losses(self, batch: Batch, loss: LossConfig = LossConfig()) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy of `answer_token`, without all logits at once (kernels/cross_entropy).

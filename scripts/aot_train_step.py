@@ -49,7 +49,7 @@ def main() -> None:
             text=dataclasses.replace(model.text, num_hidden_layers=args.layers),
         )
     mesh = make_mesh(args.mesh, devices=devices)
-    layout = Layout.of(model, mesh)
+    layout = Layout.of(model, mesh, recipe.sharding.rules(), frozen=recipe.sharding.frozen)
     data = stage.data
     print(
         f"{recipe.name}, stage {stage.name}: {data.rows // stage.accumulation} rows of "

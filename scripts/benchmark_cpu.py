@@ -388,7 +388,7 @@ def our_step(cfg: Any, params: Any, ids: Any, mel: Any, *, short: bool) -> Calla
     scales = learning_rate_scales(abstract_params(cfg), rules)
     # As torch's AdamW: nothing is clipped, decay 0.01.
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1e9, weight_decay=0.01), scales)
-    trainable, frozen = split_params(params, scales, np.float32)
+    trainable, frozen = split_params(params, scales, np.float32, layout)
     state = create_state(trainable, optimizer, layout)
     step = make_train_step(cfg, ComputeConfig(), optimizer, trainable, layout)
     at = np.concatenate([np.arange(PROMPT), np.arange(PROMPT + frames, length)])

@@ -1,11 +1,12 @@
-"""Device meshes from a short text: `8x1`, or named `data=2,fsdp=2,tensor=2,context=1`."""
+"""Device meshes from a short text: `8x1`, named `data=2,tensor=2,context=2`, or of slices `dcn_data=2,fsdp=4`."""
 
 import logging
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from llaso_jax.sharding.rules import ShardingError
@@ -16,19 +17,51 @@ MESH_AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 """data: replicas; fsdp: batch and parameter shards; tensor: heads, ffn, vocab; context: sequence."""
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes of all mesh axes.
+SLICED_AXES: tuple[str, ...] = ("data", "fsdp")
+"""Axes that may go from slice to slice: their collectives come once a step or a layer and can be hidden."""
+_DCN = "dcn_"
 
-    `FxT` is `fsdp=F,tensor=T`; a single number is `fsdp` alone; axes left out have size 1.
+
+class MeshShape(NamedTuple):
+    """Sizes of all mesh axes: inside each slice, and over the slices between which data goes by the network (DCN)."""
+
+    inside: dict[str, int]
+    slices: dict[str, int]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the whole mesh: an axis first goes over slices, then inside them."""
+        return {axis: size * self.slices[axis] for axis, size in self.inside.items()}
+
+    @property
+    def slice_count(self) -> int:
+        """Number of slices."""
+        return math.prod(self.slices.values())
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of all mesh axes, slices included.
+
+    Raises:
+      ShardingError: see `parse_shape`.
+    """
+    return parse_shape(text).sizes
+
+
+def parse_shape(text: str) -> MeshShape:
+    """The mesh that a text names.
+
+    `FxT` is `fsdp=F,tensor=T`; a single number is `fsdp` alone; axes left out have size 1. `dcn_data` and `dcn_fsdp`
+    are numbers of slices: `dcn_data=2,fsdp=4` is 2 slices of 4 devices.
 
     Raises:
       ShardingError: text in neither form, an unknown or repeated axis, or a size below 1.
     """
     text = text.strip()
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    inside, slices = (dict.fromkeys(MESH_AXES, 1) for _ in range(2))
     if re.fullmatch(r"\d+(x\d+)?", text):
         fsdp, _, tensor = text.partition("x")
-        sizes["fsdp"], sizes["tensor"] = int(fsdp), int(tensor or 1)
+        inside["fsdp"], inside["tensor"] = int(fsdp), int(tensor or 1)
     else:
         seen: set[str] = set()
         for part in text.split(","):
@@ -39,19 +72,25 @@ def parse_mesh(text: str) -> dict[str, int]:
                     f"such as fsdp=4,tensor=2."
                 )
             axis, size = match[1], int(match[2])
-            if axis not in sizes:
+            name = axis.removeprefix(_DCN)
+            if name not in MESH_AXES:
                 raise ShardingError(
                     f"mesh axis {axis!r} is unknown; the axes are {', '.join(MESH_AXES)}."
+                )
+            if name != axis and name not in SLICED_AXES:
+                raise ShardingError(
+                    f"mesh axis {axis!r}: {name} talks in every layer and stays inside a slice; axes between "
+                    f"slices are {' and '.join(_DCN + sliced for sliced in SLICED_AXES)}."
                 )
             if axis in seen:
                 raise ShardingError(f"mesh {text!r} names the axis {axis!r} twice.")
             seen.add(axis)
-            sizes[axis] = size
-    if min(sizes.values()) < 1:
+            (inside if name == axis else slices)[name] = size
+    if min(*inside.values(), *slices.values()) < 1:
         raise ShardingError(
             f"mesh {text!r} has an axis of size 0; every axis needs at least 1 device."
         )
-    return sizes
+    return MeshShape(inside, slices)
 
 
 def provide_cpu_devices(count: int) -> None:
@@ -73,10 +112,14 @@ def provide_cpu_devices(count: int) -> None:
 def make_mesh(text: str, *, devices: list[Any] | None = None) -> Mesh:
     """Mesh with the axes of `MESH_AXES` over `devices` (default: all, virtual ones on a CPU-only machine).
 
+    Between slices an axis is outermost: its first half lies in the first of two slices. Devices that know no slice,
+    as those of a CPU, are cut into equal parts in their order, which is that of processes.
+
     Raises:
-      ShardingError: the mesh needs another number of devices than there are.
+      ShardingError: the mesh needs another number of devices, or of slices, than there are.
     """
-    sizes = parse_mesh(text)
+    shape = parse_shape(text)
+    sizes = shape.sizes
     needed = math.prod(sizes.values())
     if devices is None:
         provide_cpu_devices(needed)
@@ -96,12 +139,44 @@ def make_mesh(text: str, *, devices: list[Any] | None = None) -> Mesh:
             f"{devices[0].platform} device(s) are available. Choose --mesh so that the product is "
             f"{len(devices)}, such as --mesh {len(devices)}x1."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        devices=devices,
-        axis_types=(AxisType.Auto,) * len(sizes),
-    )
+    types = (AxisType.Auto,) * len(sizes)
+    slices = _slices(text, shape, devices)
+    if len(slices) == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=types)
+    # As jax.experimental.mesh_utils.create_hybrid_device_mesh, which knows no slices of a CPU.
+    blocks = np.empty(len(slices), object)
+    for number, members in enumerate(slices):
+        inside = jax.make_mesh(
+            tuple(shape.inside.values()), tuple(sizes), devices=members, axis_types=types
+        )
+        blocks[number] = inside.devices
+    grid = blocks.reshape(tuple(shape.slices.values()))
+    return Mesh(np.block(grid.tolist()), tuple(sizes), axis_types=types)
+
+
+def _slices(text: str, shape: MeshShape, devices: list[Any]) -> list[list[Any]]:
+    """The devices of each slice, in order.
+
+    Raises:
+      ShardingError: other slices than the mesh asks for.
+    """
+    count = shape.slice_count
+    numbers = [getattr(device, "slice_index", None) for device in devices]
+    if None in numbers:
+        numbers = [place * count // len(devices) for place in range(len(devices))]
+    found = {
+        number: [device for device, own in zip(devices, numbers, strict=True) if own == number]
+        for number in sorted(set(numbers))
+    }
+    size = math.prod(shape.inside.values())
+    if len(found) != count or any(len(members) != size for members in found.values()):
+        lie = ", ".join(str(len(members)) for members in found.values())
+        raise ShardingError(
+            f"mesh {text!r} asks for {count} slice(s) of {size} devices, but the devices lie in {len(found)} "
+            f"slice(s) of {lie}. Name what goes between slices, such as "
+            f"--mesh dcn_data={len(found)},fsdp={len(devices) // len(found)}."
+        )
+    return list(found.values())
 
 
 def _describe(sizes: dict[str, int]) -> str:

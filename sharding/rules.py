@@ -11,8 +11,10 @@ There is no catch-all: a logical axis without an entry is an error.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,40 +29,124 @@ class ShardingError(ValueError):
     """A mesh, a rule and a shape that do not fit together. The message carries both numbers."""
 
 
+Context = Literal["ulysses", "ring"]
+"""How attention works on a sequence that lies on several devices (sharding/context.py)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Mesh axes of every logical axis, for parameters at rest, parameters in use, and activations."""
+    """Mesh axes of every logical axis, for parameters at rest, parameters in use, and activations.
+
+    context: how attention works where "sequence" is split; None where it never is.
+    encoder: the speech encoder's own rules; None: these.
+    """
 
     name: str
     storage: Mapping[str, MeshAxes]
     compute: Mapping[str, MeshAxes]
     activation: Mapping[str, MeshAxes]
+    context: Context | None = None
+    encoder: "ShardingRules | None" = None
+
+    @property
+    def mesh_axes(self) -> frozenset[str]:
+        """The mesh axes that split activations."""
+        return frozenset(axis for axes in self.activation.values() for axis in axes)
+
+    @functools.cached_property
+    def whole_rows(self) -> "ShardingRules":
+        """These rules with rows, not sequences, over `context`: for generation, which takes a position at a time."""
+        if self.context is None:
+            return self
+        batch = self.activation["batch"] + self.activation["sequence"]
+        activation = {**self.activation, "batch": batch, "sequence": (), "answers": ()}
+        return dataclasses.replace(self, activation=activation, context=None)
 
 
-# What each logical axis of a parameter means:
-#   embed       width of the residual stream (d_model, hidden_size): the FSDP axis of every matrix
-#   heads, kv_heads, ffn, vocab   split by tensor parallelism
-#   head_dim, mel, kernel, position, rank, layers   never split (small, or scanned over)
-_UNSPLIT: dict[str, MeshAxes] = dict.fromkeys(
-    ("norm", "head_dim", "mel", "kernel", "position", "rank", "layers"), ()
-)
-_TENSOR: dict[str, MeshAxes] = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("tensor",))
+def make_rules(
+    *,
+    fsdp: bool = False,
+    tensor: bool = False,
+    context: Context | None = None,
+) -> ShardingRules:
+    """The rules of a strategy from its parts; `data` splits rows in all of them.
 
-FSDP_TENSOR = ShardingRules(
-    name="fsdp+tensor",
-    storage={"embed": ("fsdp",), "embed_out": (), **_TENSOR, **_UNSPLIT},
-    compute={"embed": (), "embed_out": (), **_TENSOR, **_UNSPLIT},
-    activation={
-        "batch": ("data", "fsdp"),
-        "sequence": (),
-        "embed": (),
-        "heads": ("tensor",),
-        "kv_heads": ("tensor",),
-        "head_dim": (),
-        "ffn": ("tensor",),
-        "vocab": ("tensor",),
-    },
-)
+    Args:
+      fsdp: rows over `fsdp` too; parameters stored over it and over `context`.
+      tensor: heads, ffn and vocabulary over `tensor`.
+      context: sequences over `context`, and how attention works on their parts.
+    """
+    sequence = ("context",) if context else ()
+    parts = [name for name, there in (("fsdp", fsdp), ("tensor", tensor)) if there]
+    parts += [f"context-{context}"] if context else []
+    return _rules(
+        "+".join(parts) or "ddp",
+        batch=("data", "fsdp") if fsdp else ("data",),
+        sequence=sequence,
+        stored_over=("fsdp", *sequence) if fsdp else (),
+        heads=("tensor",) if tensor else (),
+        context=context,
+    )
+
+
+def make_encoder_rules(
+    rows: MeshAxes, *, fsdp: bool = False, tensor: bool = False, chunks: bool = False
+) -> ShardingRules:
+    """The rules of a speech encoder, whose batch are the audio chunks of all rows.
+
+    Args:
+      rows: the mesh axes that split rows, and their chunks with them.
+      fsdp: parameters stored over `fsdp` and the axes of `chunks`.
+      tensor: heads and ffn over `tensor`.
+      chunks: each row's chunks are split too, over `context` and, unless `tensor` splits heads, over `tensor`.
+    """
+    more = ("context",) if tensor else ("context", "tensor")
+    more = more if chunks else ()
+    parts = [
+        name for name, there in (("fsdp", fsdp), ("tensor", tensor), ("chunks", chunks)) if there
+    ]
+    return _rules(
+        "+".join(parts) or "ddp",
+        batch=rows + more,
+        sequence=(),
+        stored_over=("fsdp", *more) if fsdp else (),
+        heads=("tensor",) if tensor else (),
+    )
+
+
+def _rules(
+    name: str,
+    *,
+    batch: MeshAxes,
+    sequence: MeshAxes,
+    stored_over: MeshAxes,
+    heads: MeshAxes,
+    context: Context | None = None,
+) -> ShardingRules:
+    # What each logical axis of a parameter means:
+    #   embed       width of the residual stream (d_model, hidden_size): the FSDP axis of every matrix
+    #   heads, kv_heads, ffn, vocab   split by tensor parallelism
+    #   norm, head_dim, mel, kernel, position, rank, layers   never split (small, or scanned over)
+    whole = ("norm", "head_dim", "mel", "kernel", "position", "rank", "layers", "embed_out")
+    split = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), heads)
+    compute: dict[str, MeshAxes] = {"embed": (), **dict.fromkeys(whole, ()), **split}
+    return ShardingRules(
+        name=name,
+        storage={**compute, "embed": stored_over},
+        compute=compute,
+        activation={
+            "batch": batch,
+            "sequence": sequence,
+            "answers": sequence,
+            "embed": (),
+            "head_dim": (),
+            **split,
+        },
+        context=context,
+    )
+
+
+FSDP_TENSOR = make_rules(fsdp=True, tensor=True)
 
 
 def to_spec(logical_axes: LogicalAxes, table: Mapping[str, MeshAxes]) -> P:
@@ -89,6 +175,21 @@ def to_spec(logical_axes: LogicalAxes, table: Mapping[str, MeshAxes]) -> P:
             used[mesh_axis] = axis
         entries.append(table[axis] or None)
     return P(*entries)
+
+
+# The part of a strategy that splits something over a mesh axis.
+_USED_BY = {"fsdp": "fsdp", "tensor": "tensor", "context": "context-ring or context-ulysses"}
+
+
+def check_axes(rules: ShardingRules, sizes: Mapping[str, int]) -> None:
+    """Raise ShardingError if devices of a mesh of these `sizes` would do the same work as others."""
+    for axis, size in sizes.items():
+        if size > 1 and axis not in rules.mesh_axes:
+            raise ShardingError(
+                f"mesh axis {axis} has {size} devices, and strategy {rules.name!r} splits nothing over it: all "
+                f"{size} would do the work of 1. Add {_USED_BY.get(axis, axis)} to sharding.strategy, or choose a "
+                f"mesh without {axis}."
+            )
 
 
 def check_divisible(
@@ -147,6 +248,22 @@ def use_rules(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+@contextlib.contextmanager
+def use_encoder_rules() -> Iterator[None]:
+    """While tracing inside, the encoder's rules of the active ones hold; nothing changes where it has none."""
+    found = _active.get()
+    if found is None or found[1].encoder is None:
+        yield
+        return
+    with use_rules(found[0], found[1].encoder):
+        yield
+
+
+def active_rules() -> tuple[Mesh, ShardingRules] | None:
+    """The mesh and the rules that hold where this is traced."""
+    return _active.get()
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

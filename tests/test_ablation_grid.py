@@ -1,13 +1,11 @@
 """Points of a sweep: which combinations, which field a short name means, and what a mistake is told."""
 
-import math
-
 import pytest
 
-from llaso_jax.ablation.grid import Point, find_field, grid, mesh_text, sharding_axis, swept_axis
+from llaso_jax.ablation.grid import Point, find_field, grid, sharding_axis, swept_axis
 from llaso_jax.config import load_config
 from llaso_jax.errors import ConfigError
-from llaso_jax.sharding.mesh import parse_mesh
+from llaso_jax.sharding.strategies import plans
 
 MINI = load_config("mini")
 
@@ -15,38 +13,14 @@ MINI = load_config("mini")
 # --- axes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, 6, 8, 12])
-def test_every_split_of_the_devices_is_there_once(devices: int):
-    meshes = [turn["mesh"] for turn in sharding_axis(devices)]
-    sizes = {tuple(parse_mesh(mesh).values()) for mesh in meshes}
-    assert len(sizes) == len(meshes)
-    every = {
-        (d, f, t, 1)
-        for d in range(1, devices + 1)
-        for f in range(1, devices + 1)
-        for t in range(1, devices + 1)
-        if d * f * t == devices
-    }
-    assert sizes == every
-    assert all(math.prod(size) == devices for size in sizes)
-
-
-def test_the_first_mesh_is_what_others_are_compared_with_best_whole_copies():
-    assert sharding_axis(8)[0] == {"mesh": "data=8"}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "text"),
-    [
-        ({"data": 1, "fsdp": 4, "tensor": 2}, "4x2"),
-        ({"fsdp": 1, "tensor": 1}, "1x1"),
-        ({"data": 1, "tensor": 8}, "1x8"),
-        ({"data": 2, "fsdp": 4, "tensor": 1}, "data=2,fsdp=4"),
-    ],
-)
-def test_the_text_of_a_mesh_reads_back_as_that_mesh(sizes: dict[str, int], text: str):
-    assert mesh_text(**sizes) == text
-    assert parse_mesh(text) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **sizes}
+def test_sharding_tries_every_plan_of_the_devices_whole_copies_first():
+    axis = sharding_axis(8)
+    assert axis[0] == {"mesh": "data=8", "sharding.strategy": "ddp"}
+    tried = {(turn["sharding.strategy"], turn["mesh"]) for turn in axis}
+    assert tried == set(plans(8))
+    assert len(tried) == len(axis)
+    for point in grid([axis], mesh="1x1"):
+        assert point.config(MINI).sharding.strategy == dict(point.settings)["sharding.strategy"]
 
 
 def test_axes_are_combined_and_the_last_changes_fastest():

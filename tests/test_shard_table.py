@@ -81,6 +81,15 @@ def test_trained_parameters_are_f32_with_two_moments_and_frozen_ones_bf16(capsys
     [
         (["--mesh", "8x3"], "does not split evenly over the 3 devices of mesh axis tensor"),
         (["--mesh", "rows=2"], "mesh axis 'rows' is unknown"),
+        (["--mesh", "context=2"], "axis context has 2 devices, and strategy 'fsdp+tensor'"),
+        (["--mesh", "8x1", "sharding.strategy=ddp"], "Add fsdp to sharding.strategy"),
+        (["sharding.strategy=fsdp+pipeline"], "unknown part 'pipeline'"),
+        (["sharding.strategi=fsdp"], "did you mean 'sharding.strategy'?"),
+        (["sharding.frozen=never"], "sharding.frozen"),
+        (
+            ["--mesh", "tensor=4", "sharding.encoder=ddp"],
+            "2 along 'kv_heads'",
+        ),
         (["--mesh", "fsdp=2,fsdp=2"], "names the axis 'fsdp' twice"),
         (["--stage", "2"], "has the stages 0 to 1 (align, instruct)"),
         (["--config", "nothing"], "there is no recipe 'nothing'"),
@@ -96,3 +105,23 @@ def test_a_file_gets_the_same_table(tmp_path, capsys):
     assert main(["--mesh", "2x1", "--output", str(tmp_path / "table.txt")]) == 0
     assert main(["--mesh", "2x1"]) == 0
     assert capsys.readouterr().out == (tmp_path / "table.txt").read_text()
+
+
+def test_a_strategy_decides_where_parameters_lie():
+    def layouts(*overrides: str, mesh: str) -> dict[str, str]:
+        lines = recipe_shards(load_config("mini", overrides), mesh).splitlines()
+        return {line.split()[0]: line.split()[3] for line in lines if "/" in line.split(" ")[0]}
+
+    encoder = "audio_tower/layers/self_attn/q_proj/weight"
+    decoder = "language_model/layers/self_attn/q_proj/weight"
+    both = layouts("sharding.strategy=fsdp+tensor+context-ring", mesh="fsdp=2,tensor=2,context=2")
+    assert both[encoder] == both[decoder] == "-,tensor,-,fsdp+context"
+    own = layouts("sharding.encoder=fsdp+chunks", mesh="fsdp=2,tensor=2")
+    assert own[encoder] == "-,-,-,fsdp+context+tensor"
+    assert own[decoder] == "-,tensor,-,fsdp"
+    still = [
+        "stages.0.parameters=[{pattern: 'audio_.*', learning_rate_scale: null}, {pattern: '.*'}]"
+    ]
+    copied = layouts(*still, "sharding.frozen=replicated", mesh="4x2")
+    assert copied[encoder] == "-,tensor,-,-"
+    assert copied[decoder] == "-,tensor,-,fsdp"

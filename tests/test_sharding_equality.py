@@ -17,8 +17,10 @@ from llaso_jax.modeling.functional import (
     param_shardings,
     unflatten,
 )
+from llaso_jax.sharding.hlo import parse
 from llaso_jax.sharding.mesh import make_mesh
-from llaso_jax.sharding.rules import FSDP_TENSOR, named_sharding, use_rules
+from llaso_jax.sharding.rules import named_sharding, use_rules
+from llaso_jax.sharding.strategies import strategy
 
 # Everything that is split divides by 8 (fsdp) and by 4 (tensor).
 CFG = tiny_config(
@@ -35,16 +37,17 @@ def inputs():
         prompt = rng.integers(0, 48, length).tolist()
         audio = [24, 24] if length % 2 else [24]
         rows.append([[prompt, *audio, rng.integers(0, 48, 5).tolist()]])
-    batch = make_batch(rows, CFG, mel_length=24, answers=4)
+    # A length that is cut into 16 pieces for a ring of 8.
+    batch = make_batch(rows, CFG, mel_length=24, sequence=48, answers=4)
     return random_params(unflatten(abstract_params(CFG))), batch
 
 
 @functools.cache
-def compiled(text: str):
+def compiled(text: str, name: str = "fsdp+tensor", encoder: str | None = None):
     """(loss, gradients, HLO) on a mesh, parameters and batch sharded."""
-    mesh = make_mesh(text)
+    mesh, rules = make_mesh(text), strategy(name, encoder)
     params, batch = inputs()
-    shardings = unflatten(param_shardings(CFG, mesh))
+    shardings = unflatten(param_shardings(CFG, mesh, rules))
     params = jax.device_put(params, shardings)
     batch = {
         name: jax.device_put(
@@ -53,7 +56,7 @@ def compiled(text: str):
                 name,
                 array.shape,
                 ("batch", *[None] * (array.ndim - 1)),
-                FSDP_TENSOR.activation,
+                rules.activation,
                 mesh,
             ),
         )
@@ -61,7 +64,7 @@ def compiled(text: str):
     }
 
     def step(params, batch):
-        with use_rules(mesh, FSDP_TENSOR):
+        with use_rules(mesh, rules):
             return jax.value_and_grad(lambda p: bind(CFG, p).loss_sum(batch))(params)
 
     program = jit(step, out_shardings=(None, shardings)).lower(params, batch).compile()
@@ -84,6 +87,51 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(text: str):
     loss, gradients, _ = compiled(text)
     assert_close(loss, expected_loss, LEAF, f"loss on {text}")
     assert_close(gradients, expected, LEAF, f"gradients on {text}")
+
+
+ALL = "fsdp=2,tensor=2,context=2"
+PRODUCTS = [
+    ("data=8", "ddp", None),
+    ("fsdp=8", "fsdp", None),
+    ("data=2,tensor=4", "tensor", None),
+    ("data=2,tensor=4", "tensor", "ddp"),
+    ("context=8", "context-ring", None),
+    ("data=2,context=4", "context-ulysses", None),
+    ("fsdp=2,context=4", "fsdp+context-ring", None),
+    ("fsdp=4,context=2", "fsdp+context-ulysses", "fsdp"),
+    ("tensor=2,context=4", "tensor+context-ring", None),
+    ("tensor=4,context=2", "tensor+context-ring", "chunks"),
+    ("tensor=2,data=2,context=2", "tensor+context-ulysses", "tensor"),
+    (ALL, "fsdp+tensor+context-ulysses", None),
+    ("dcn_data=2,fsdp=2,tensor=2", "fsdp+tensor", "fsdp+chunks"),
+    ("dcn_fsdp=2,data=2,fsdp=2", "fsdp", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "encoder"),
+    [
+        (ALL, "fsdp+tensor+context-ring", None),
+        (ALL, "fsdp+tensor+context-ulysses", "fsdp+chunks"),
+        *(pytest.param(*product, marks=pytest.mark.slow) for product in PRODUCTS),
+    ],
+)
+def test_every_strategy_gives_the_loss_and_gradients_of_one_device(mesh, name, encoder):
+    expected_loss, expected = unsharded()
+    loss, gradients, _ = compiled(mesh, name, encoder)
+    assert_close(loss, expected_loss, LEAF, f"loss with {name} on {mesh}")
+    assert_close(gradients, expected, LEAF, f"gradients with {name} on {mesh}")
+
+
+def test_a_split_sequence_is_never_gathered_in_a_layer():
+    """Of arrays with a row's whole sequence and the model's width there are those of embedding and loss, not more."""
+    _, _, hlo = compiled(ALL, "fsdp+tensor+context-ring", None)
+    program = parse(hlo)
+    width, length = CFG.text.hidden_size, 48
+    for operation, times in program.operations("all-gather", "all-gather-start"):
+        for _, shape in operation.shapes:
+            if times > 1:
+                assert length not in shape or width not in shape, (operation.name, shape)
 
 
 def test_fsdp_gathers_weights_and_reduces_gradients():

@@ -23,12 +23,14 @@ from training_setup import (
     write_inputs,
 )
 
+from llaso_jax.config import load_config
 from llaso_jax.errors import ConfigError
 from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import abstract_params, bind, flatten, merge
-from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.sharding.mesh import make_mesh, parse_mesh
+from llaso_jax.sharding.rules import FSDP_TENSOR
+from llaso_jax.training.fit import check_stage
 from llaso_jax.training.optimizer import ParameterRule, learning_rate_scales
-from llaso_jax.training.run import check_rows
 from llaso_jax.training.state import Layout
 from llaso_jax.training.step import place_batch
 
@@ -183,8 +185,12 @@ def test_rows_are_dealt_to_micro_batches_in_order_on_every_mesh(inputs):
 
 
 def test_rows_that_do_not_split_over_the_mesh_are_refused_with_both_numbers():
-    with pytest.raises(ConfigError, match=r"6 rows per micro-batch .* the 4 data and fsdp devices"):
-        check_rows("align", 6, 4, "4x2")
+    recipe = load_config("mini", ["stages.0.data.rows=6"])
+    assert recipe.model is not None
+    with pytest.raises(
+        ConfigError, match=r"6 rows per micro-batch .* the 4 devices of mesh axes data, fsdp"
+    ):
+        check_stage(recipe.model, recipe.stages[0], FSDP_TENSOR, parse_mesh("4x2"))
 
 
 # --- what is trained ------------------------------------------------------------------------------

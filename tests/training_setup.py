@@ -240,7 +240,7 @@ def trainer(
     start = jax.device_put(
         random_params(unflatten(abstract_params(model))), unflatten(layout.params)
     )
-    trainable, frozen = split_params(start, scales, frozen_dtype)
+    trainable, frozen = split_params(start, scales, frozen_dtype, layout)
     with patch.object(jax, "jit", _jit):
         state = create_state(trainable, update, layout)
     return Trainer(state, frozen, step, layout, accumulation)

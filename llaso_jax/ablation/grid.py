@@ -11,6 +11,7 @@ import yaml
 
 from llaso_jax.config import RunConfig, apply_override, parse_config, to_tree
 from llaso_jax.errors import ConfigError
+from llaso_jax.sharding.strategies import plans
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +49,12 @@ class Point:
 
 
 def sharding_axis(devices: int) -> Axis:
-    """Every mesh of `devices`: all ways to split them over data, fsdp and tensor, whether or not a model fits.
+    """Every strategy on every mesh of `devices`, whether or not a model fits (sharding/strategies.py).
 
     Whole copies on every device come first: what the others are compared with is then as one device computes it.
     """
-    splits = [
-        (data, fsdp, devices // (data * fsdp))
-        for data in _divisors(devices)
-        for fsdp in _divisors(devices // data)
-    ]
-    return [{MESH: mesh_text(data=d, fsdp=f, tensor=t)} for d, f, t in splits]
-
-
-def mesh_text(**sizes: int) -> str:
-    """The shortest text of a mesh: "4x2", or "data=2,fsdp=4"."""
-    named = {axis: size for axis, size in sizes.items() if size > 1}
-    if not named.keys() - {"fsdp", "tensor"}:
-        return f"{sizes.get('fsdp', 1)}x{sizes.get('tensor', 1)}"
-    return ",".join(f"{axis}={size}" for axis, size in named.items())
+    found = list(plans(devices))
+    return [{MESH: plan.mesh, "sharding.strategy": plan.strategy} for plan in reversed(found)]
 
 
 def swept_axis(assignments: Sequence[str], base: RunConfig, stage: int) -> Axis:
@@ -177,8 +166,3 @@ def _split(text: str) -> list[str]:
         raise ConfigError(f"--sweep values {text!r} are not valid YAML: {error}") from error
     assert isinstance(node, yaml.SequenceNode)
     return [text[item.start_mark.index - 1 : item.end_mark.index - 1] for item in node.value]
-
-
-def _divisors(number: int) -> list[int]:
-    """The largest first."""
-    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]

@@ -15,6 +15,7 @@ Criterion = Literal["speed", "memory", "loss"]
 
 # Points that differ in these alone compute the same, on any mesh; a field of a stage is named by its end.
 SAME_RESULT = (
+    *("sharding", "sharding.strategy", "sharding.encoder", "sharding.frozen"),
     "precision.remat",
     "precision.attention",
     "accumulation",

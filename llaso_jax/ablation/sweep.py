@@ -25,6 +25,8 @@ from llaso_jax.ablation.trial import Measured, TrialSpec
 from llaso_jax.config import RunConfig, parse_config, to_tree
 from llaso_jax.errors import CheckpointError, ConfigError, LlasoError
 from llaso_jax.planning.plan import Plan
+from llaso_jax.planning.plans import check_plan
+from llaso_jax.sharding.rules import ShardingError
 from llaso_jax.training.metrics import drop_torn_line
 from llaso_jax.training.run import differences
 
@@ -115,7 +117,8 @@ def read_rows(path: Path) -> list[Row]:
 def _try(sweep: Sweep, point: Point, place: Path, timeout: float | None) -> Row:
     try:
         cfg = point.config(sweep.config)
-    except LlasoError as error:
+        check_plan(cfg, point.mesh, stage=sweep.stage)
+    except (LlasoError, ShardingError) as error:
         return Row(point, error=f"{type(error).__name__}: {error}")
     spec = TrialSpec(cfg, point.mesh, sweep.stage, sweep.steps, point.topology)
     place.parent.mkdir(exist_ok=True)

@@ -30,10 +30,11 @@ from llaso_jax.errors import DataError, NonFiniteLossError
 from llaso_jax.planning.plan import plan
 from llaso_jax.planning.recipe import planned_stage
 from llaso_jax.sharding.mesh import make_mesh, parse_mesh, provide_cpu_devices
+from llaso_jax.training.fit import check_stage
 from llaso_jax.training.loop import StageRun, Workplace
 from llaso_jax.training.metrics import MetricsWriter
 from llaso_jax.training.optimizer import learning_rate_at
-from llaso_jax.training.run import check_rows, check_vocabulary, initial_params, model_config
+from llaso_jax.training.run import check_vocabulary, initial_params, model_config
 from llaso_jax.training.state import Layout
 from llaso_jax.training.step import place_batch
 
@@ -102,9 +103,9 @@ def run_trial(spec: TrialSpec) -> Measured:
     provide_cpu_devices(needed)
     mesh = make_mesh(spec.mesh, devices=jax.devices()[:needed])
     model = model_config(cfg)
-    layout = Layout.of(model, mesh)
-    rows = stage.data.rows // stage.accumulation
-    check_rows(stage.name, rows, layout.batch_shards, spec.mesh)
+    rules = cfg.sharding.rules()
+    layout = Layout.of(model, mesh, rules, frozen=cfg.sharding.frozen)
+    check_stage(model, stage, rules, mesh.shape)
     tokenizer = load_tokenizer(resolve_path(cfg.tokenizer))
     check_vocabulary(model, tokenizer, cfg.tokenizer)
     params, _ = initial_params(cfg, model, layout)

@@ -8,6 +8,7 @@ and serve every batch, temperature and seed.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -84,8 +85,8 @@ def generate_tokens(
         audio_slot, mel, mel_frames. Other entries are not read. An empty row gets no tokens.
       generation: what to generate.
       compute: dtype and kernels; f32 by default.
-      mesh: rows are split over its data and fsdp axes (rows added for that are dropped again).
-      rules: of the mesh.
+      mesh: rows are split over some of its axes (rows added for that are dropped again).
+      rules: of the mesh; those of a training run as `whole_rows`.
 
     Returns:
       New tokens only, on the host: for a row the same in whatever batch, padding and mesh it is,
@@ -94,7 +95,7 @@ def generate_tokens(
     Raises:
       ConfigError: a batch that is not such prompts, or an id outside the vocabulary.
     """
-    prompts = _checked(cfg, batch, mesh)
+    prompts = _checked(cfg, batch, mesh, rules)
     for token in (*generation.eos_token_id, generation.pad_token_id):
         if not 0 <= token < cfg.text.vocab_size:
             raise ConfigError(
@@ -139,7 +140,7 @@ def prompt_logits(
     The other arguments are those of `generate_tokens`.
     """
     rows, length = batch["tokens"].shape
-    prompts = _checked(cfg, batch, mesh)
+    prompts = _checked(cfg, batch, mesh, rules)
     if at is None:
         at = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     added = len(prompts["tokens"]) - rows
@@ -164,11 +165,16 @@ def place_params(
     )
 
 
-def _checked(cfg: SpeechLMConfig, batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> Prompts:
+def _checked(
+    cfg: SpeechLMConfig,
+    batch: Mapping[str, np.ndarray],
+    mesh: Mesh | None,
+    rules: ShardingRules,
+) -> Prompts:
     prompts = prompts_of(batch)
     check_prompts(cfg, prompts)
-    row_multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    return pad_prompts(prompts, row_multiple=row_multiple)
+    axes = rules.activation["batch"] if mesh is not None else ()
+    return pad_prompts(prompts, row_multiple=math.prod(mesh.shape[axis] for axis in axes))
 
 
 class _ByIdentity:

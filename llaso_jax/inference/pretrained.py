@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from llaso_jax.conversion import (
     Weights,
@@ -60,13 +60,18 @@ def read_config(folder: str | Path) -> SpeechLMConfig:
 
 
 def load_pretrained(
-    folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
+    dtype: Any = None,
 ) -> tuple[SpeechLMConfig, Params, dict[str, Any]]:
     """Architecture, parameters and Hugging Face configuration (or {}) of the model in `folder`.
 
     Args:
       folder: see `find_model`.
-      mesh: parameters go straight into their shards on it; None for the first device.
+      mesh: parameters go straight into their shards on it, by the default rules.
+      shardings: by path, instead of `mesh`. Neither: all on the first device.
       dtype: of all parameters; None as stored.
 
     Raises:
@@ -75,10 +80,11 @@ def load_pretrained(
     """
     folder = find_model(folder)
     if is_model_folder(folder):
-        cfg, params = load_model(folder, mesh=mesh, dtype=dtype)
+        cfg, params = load_model(folder, mesh=mesh, shardings=shardings, dtype=dtype)
         return cfg, params, read_info(folder).hf_config
     weights = _gather(folder)
-    shardings = None if mesh is None else param_shardings(weights.cfg, mesh)
+    if shardings is None and mesh is not None:
+        shardings = param_shardings(weights.cfg, mesh)
     return weights.cfg, load_params(weights, shardings, dtype=dtype), weights.hf_config
 
 

@@ -22,7 +22,8 @@ def recipe_shards(recipe: RunConfig, mesh: str, *, stage: int = 0) -> str:
       stage: whose trained parameters are f32 and have moments.
 
     Raises:
-      ShardingError: a mesh that is not understood, or a parameter that does not split over it.
+      ShardingError: a mesh that is not understood, that the recipe's strategy does not use, or over which a
+        parameter does not split.
       ConfigError: no such stage, or rules that do not fit the model.
     """
     sizes = parse_mesh(mesh)
@@ -32,14 +33,21 @@ def recipe_shards(recipe: RunConfig, mesh: str, *, stage: int = 0) -> str:
     infos = abstract_params(model)
     scales = learning_rate_scales(infos, chosen.parameters)
     _, frozen = recipe.precision.resolve(PLATFORM)
-    shardings = param_shardings(model, abstract)
+    rules, replicated = recipe.sharding.rules(), recipe.sharding.frozen == "replicated"
+    trained_shardings = param_shardings(model, abstract, rules)
+    frozen_shardings = param_shardings(model, abstract, rules, as_used=replicated)
     rows, trained = [], 0
     for path, info in infos.items():
-        dtype = frozen if scales[path] is None else "float32"
+        still = scales[path] is None
+        dtype, shardings = (frozen, frozen_shardings) if still else ("float32", trained_shardings)
         row = shard_row(path, info.shape, dtype, jnp.dtype(dtype).itemsize, shardings[path])
         rows.append(row)
-        trained += row.device_bytes if scales[path] is not None else 0
-    head = f"{recipe.name}, stage {chosen.name!r}, mesh {mesh} ({abstract.size} devices); sizes of {source}\n\n"
+        trained += 0 if still else row.device_bytes
+    how = rules.name + (f", encoder {rules.encoder.name}" if rules.encoder else "")
+    head = (
+        f"{recipe.name}, stage {chosen.name!r}, strategy {how}, mesh {mesh} ({abstract.size} devices); "
+        f"sizes of {source}\n\n"
+    )
     totals = {
         "parameters": sum(row.device_bytes for row in rows),
         "of them trained": trained,

@@ -63,7 +63,7 @@ def abstract_step(
             path: jax.ShapeDtypeStruct(
                 info.shape,
                 frozen_dtype if scales[path] is None else jnp.float32,
-                sharding=layout.params[path],
+                sharding=(layout.frozen if scales[path] is None else layout.params)[path],
             )
             for path, info in infos.items()
         }

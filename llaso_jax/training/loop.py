@@ -93,7 +93,7 @@ class StageRun:
         self.place, self.stage = place, stage
         compute, frozen_dtype = place.precision.resolve(jax.devices()[0].platform)
         scales = learning_rate_scales(abstract_params(place.model), stage.parameters)
-        trainable, self.frozen = split_params(params, scales, frozen_dtype)
+        trainable, self.frozen = split_params(params, scales, frozen_dtype, place.layout)
         optimizer = make_optimizer(stage.optimizer, scales)
         self.state: TrainState = create_state(trainable, optimizer, place.layout)
         self.train_step = make_train_step(

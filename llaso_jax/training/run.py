@@ -20,6 +20,7 @@ from llaso_jax.modeling.functional import Params, abstract_params, count_params,
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
 from llaso_jax.training.adapters import with_adapters
+from llaso_jax.training.fit import check_stage
 from llaso_jax.training.loop import StageRun, Workplace
 from llaso_jax.training.metrics import MetricsWriter, plot_metrics
 from llaso_jax.training.report import score_table, transcript_lines
@@ -33,6 +34,7 @@ FREE_ON_RESUME = (
     "description",
     "checkpoint",
     "logging",
+    "sharding",
     "evaluation",
     "num_workers",
     "num_threads",
@@ -77,9 +79,10 @@ def train(
     # 1. Mesh and model.
     device_mesh = make_mesh(mesh)
     model = model_config(cfg)
-    layout = Layout.of(model, device_mesh)
+    rules = cfg.sharding.rules()
+    layout = Layout.of(model, device_mesh, rules, frozen=cfg.sharding.frozen)
     for stage in cfg.stages:
-        check_rows(stage.name, stage.data.rows // stage.accumulation, layout.batch_shards, mesh)
+        check_stage(model, stage, rules, device_mesh.shape)
 
     # 2. Output folder.
     _prepare_output(cfg, output, overwrite=overwrite)
@@ -90,9 +93,10 @@ def train(
     # 3. Parameters to start from.
     params, hf_config = initial_params(cfg, model, layout)
     logger.info(
-        "%s: %.2f M parameters, mesh %s (%d %s devices)",
+        "%s: %.2f M parameters, strategy %s, mesh %s (%d %s devices)",
         cfg.name,
         count_params(model) / 1e6,
+        rules.name,
         mesh,
         device_mesh.devices.size,
         device_mesh.devices.flat[0].platform,
@@ -175,7 +179,7 @@ def initial_params(
     """Parameters, and the Hugging Face configuration they came with (or {})."""
     if cfg.weights is None:
         return random_params(model, layout, cfg.seed), {}
-    _, params, hf_config = load_pretrained(resolve_path(cfg.weights), mesh=layout.mesh)
+    _, params, hf_config = load_pretrained(resolve_path(cfg.weights), shardings=layout.params)
     there = flatten(params)
     if new := [path for path in abstract_params(model) if path not in there]:  # adapters
         params = merge(params, random_params(model, layout, cfg.seed, wanted=set(new).__contains__))
@@ -189,16 +193,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> Path:
         json.dumps(ends, indent=2) + "\n", encoding="utf-8"
     )
     return folder
-
-
-def check_rows(stage: str, rows: int, shards: int, mesh: str) -> None:
-    """Raise ConfigError unless the `rows` of a micro-batch split over the batch's `shards`."""
-    if rows % shards:
-        raise ConfigError(
-            f"stage {stage!r}: {rows} rows per micro-batch (data.rows / accumulation) do not split over "
-            f"the {shards} data and fsdp devices of mesh {mesh!r}. Choose data.rows as a multiple of "
-            f"accumulation x {shards}."
-        )
 
 
 def check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:

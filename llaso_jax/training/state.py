@@ -22,6 +22,7 @@ from llaso_jax.modeling.functional import (
 )
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.rules import FSDP_TENSOR, ShardingRules
+from llaso_jax.sharding.strategies import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,29 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where things live: mesh, rules and the sharding of every parameter. Compared by identity."""
+    """Where things live: mesh, rules and the sharding of every parameter. Compared by identity.
+
+    params: of a parameter that is trained; frozen: of one that is not.
+    """
 
     mesh: Mesh
     rules: ShardingRules
     params: dict[str, NamedSharding]
+    frozen: dict[str, NamedSharding]
 
     @classmethod
-    def of(cls, cfg: SpeechLMConfig, mesh: Mesh, rules: ShardingRules = FSDP_TENSOR) -> "Layout":
+    def of(
+        cls,
+        cfg: SpeechLMConfig,
+        mesh: Mesh,
+        rules: ShardingRules = FSDP_TENSOR,
+        *,
+        frozen: Frozen = "sharded",
+    ) -> "Layout":
         """Layout of the model `cfg` on `mesh`; raises ShardingError where it does not fit."""
-        return cls(mesh, rules, param_shardings(cfg, mesh, rules))
+        params = param_shardings(cfg, mesh, rules)
+        as_used = frozen == "replicated"
+        return cls(mesh, rules, params, param_shardings(cfg, mesh, rules, as_used=as_used))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -95,13 +109,23 @@ def random_params(
 
 
 def split_params(
-    params: Params, scales: dict[str, float | None], frozen_dtype: Any
+    params: Params, scales: dict[str, float | None], frozen_dtype: Any, layout: Layout
 ) -> tuple[Params, Params]:
-    """(trainable f32 masters, frozen in `frozen_dtype`) by learning-rate scale."""
+    """(trainable f32 masters, frozen in `frozen_dtype`) by learning-rate scale, each where `layout` has it."""
     trainable, frozen = split(params, lambda path: scales[path] is not None)
+
+    def placed(parts: Params, dtype: Any, shardings: dict[str, NamedSharding]) -> Params:
+        flat = flatten(parts)
+        return unflatten(
+            {
+                path: jax.device_put(leaf.astype(dtype), shardings[path])
+                for path, leaf in flat.items()
+            }
+        )
+
     return (
-        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable),
-        jax.tree.map(lambda leaf: leaf.astype(frozen_dtype), frozen),
+        placed(trainable, jnp.float32, layout.params),
+        placed(frozen, frozen_dtype, layout.frozen),
     )
 
 

@@ -145,7 +145,7 @@ class Validator:
             batch_rows=self._batch_rows,
             compute=self._compute,
             mesh=self._layout.mesh,
-            rules=self._layout.rules,
+            rules=self._layout.rules.whole_rows,
         )
         return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.blocks import FLOOR
+from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.modeling.kernels.chunks import cut, join
 
@@ -87,6 +88,26 @@ def _backward(options: Options, saved, d_out: jax.Array):
 
 _attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
 _attention.defvjp(_forward, _backward)
+
+
+def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, jax.Array]:
+    q = queries.q
+    options = Options(causal, _even_chunk(q.shape[1], CHUNK))
+    heads = _heads(q, keys.k, keys.v, queries.ids, keys.ids)
+    out, lse = jax.lax.map(functools.partial(_head_forward, options), heads)
+    return _queries_of(out, q.shape), _queries_of(lse[..., None], (*q.shape[:3], 1))[..., 0]
+
+
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, ...]:
+    q, count = queries.q, keys.k.shape[2]
+    options = Options(causal, _even_chunk(q.shape[1], CHUNK))
+    heads = _heads(q, keys.k, keys.v, queries.ids, keys.ids)
+    lse = _split(queries.lse[..., None], count)[..., 0]
+    saved = heads, _split(queries.out, count), lse
+    return _backward(options, saved, queries.d_out)[:3]
+
+
+chunked_partial = Partial(_partial_forward, _partial_backward)
 
 
 def _heads(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any) -> Head:

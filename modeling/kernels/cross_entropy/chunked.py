@@ -69,7 +69,8 @@ def cross_entropy(
       ValueError: a chunk that is not positive, smoothing outside [0, 1), or a vocabulary larger than the table.
     """
     rows = -(-len(hidden) // parts_of("batch"))
-    options = Options(vocab_size or table.shape[0], label_smoothing, z_loss, max(1, chunk // rows))
+    columns = max(1, chunk // rows) * parts_of("answers")
+    options = Options(vocab_size or table.shape[0], label_smoothing, z_loss, columns)
     if chunk < 1:
         raise ValueError(f"chunk={chunk} positions: at least 1 is needed.")
     if not 0 <= label_smoothing < 1:
@@ -145,7 +146,7 @@ def _chunk(
     hidden, targets, valid = inputs
     size, smoothing, z_loss, _ = options
     logits = jnp.einsum("BAD,VD->BAV", hidden, table, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", "sequence", "vocab")
+    logits = constrain(logits, "batch", "answers", "vocab")
     entry = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     real = entry < size
     if size < table.shape[0]:

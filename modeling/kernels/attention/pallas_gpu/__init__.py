@@ -4,6 +4,6 @@ A program owns a block of queries (or, for dK and dV, of keys) and loops over th
 (`blocks.Spans`). Arrays are read where they lie, [B, S, N, H]: nothing is transposed, padded or repeated.
 """
 
-from llaso_jax.modeling.kernels.attention.pallas_gpu.attention import gpu_attention
+from llaso_jax.modeling.kernels.attention.pallas_gpu.attention import gpu_attention, gpu_partial
 
-__all__ = ["gpu_attention"]
+__all__ = ["gpu_attention", "gpu_partial"]

@@ -1,5 +1,6 @@
 """The GPU kernels as one differentiable call."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from llaso_jax.modeling.kernels.attention.pallas_gpu.backward import Rows, backw
 from llaso_jax.modeling.kernels.attention.pallas_gpu.common import Inputs, Static
 from llaso_jax.modeling.kernels.attention.pallas_gpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_gpu.sizes import BACKWARD, FORWARD, BlockSizes
+from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.sharding.rules import target_device
 
@@ -50,15 +52,20 @@ def gpu_attention(
       UnsupportedAttentionError: another platform, dtypes other than f32 and bf16, or a head_dim that is not a power
         of 2 from 16 to 256.
     """
+    return _attention(q, k, v, q_segment_ids, kv_segment_ids, _plan(q, k, v, causal, sizes))
+
+
+def _plan(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, sizes: BlockSizes | None = None
+) -> Plan:
     platform, _ = target_device()
     check_platform("pallas_gpu", "gpu", platform)
     check_dtypes("pallas_gpu", q, k, v)
     check_head_dim("pallas_gpu", q.shape[-1])
     bytes_each = q.dtype.itemsize
-    plan = Plan(
+    return Plan(
         causal, sizes or FORWARD[bytes_each], sizes or BACKWARD[bytes_each], platform == "cpu"
     )
-    return _attention(q, k, v, q_segment_ids, kv_segment_ids, plan)
 
 
 Ids = jax.Array | None
@@ -79,11 +86,18 @@ def _value(
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan):
+    out, lse = named(*_run(q, k, v, q_ids, kv_ids, plan))
+    return out, (q, k, v, q_ids, kv_ids, out, lse)
+
+
+def _run(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """[B, S, N, H] results and f32[B, N, S] logsumexp, base 2."""
     size = plan.forward
     inputs = _inputs(q, k, v, q_ids, kv_ids, size)
     relation = relations(inputs.ids, size.q, size.kv, causal=plan.causal)
-    out, lse = named(*forward(inputs, spans(relation), plan.static(size, q, k)))
-    return out, (q, k, v, q_ids, kv_ids, out, lse)
+    return forward(inputs, spans(relation), plan.static(size, q, k))
 
 
 def _backward(plan: Plan, saved, d_out: jax.Array):
@@ -101,3 +115,19 @@ def _backward(plan: Plan, saved, d_out: jax.Array):
 
 _attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
 _attention.defvjp(_forward, _backward)
+
+
+def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, jax.Array]:
+    plan = _plan(queries.q, keys.k, keys.v, causal)
+    out, lse = _run(queries.q, keys.k, keys.v, queries.ids, keys.ids, plan)
+    return out, lse.swapaxes(1, 2) * math.log(2)
+
+
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, ...]:
+    plan = _plan(queries.q, keys.k, keys.v, causal)
+    lse = queries.lse.swapaxes(1, 2) / math.log(2)
+    saved = queries.q, keys.k, keys.v, queries.ids, keys.ids, queries.out, lse
+    return _backward(plan, saved, queries.d_out)[:3]
+
+
+gpu_partial = Partial(_partial_forward, _partial_backward)

@@ -10,6 +10,6 @@ written once anyway. Inside, keys would be rotated again for every block of quer
 kernels would have to rotate both and turn the gradients back.
 """
 
-from llaso_jax.modeling.kernels.attention.pallas_tpu.attention import tpu_attention
+from llaso_jax.modeling.kernels.attention.pallas_tpu.attention import tpu_attention, tpu_partial
 
-__all__ = ["tpu_attention"]
+__all__ = ["tpu_attention", "tpu_partial"]

@@ -1,6 +1,7 @@
 """The TPU kernels as one differentiable call."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from llaso_jax.modeling.kernels.attention.pallas_tpu.common import (
 )
 from llaso_jax.modeling.kernels.attention.pallas_tpu.forward import forward
 from llaso_jax.modeling.kernels.attention.pallas_tpu.sizes import BlockSizes, block_sizes
+from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
 from llaso_jax.modeling.kernels.attention.residuals import named
 from llaso_jax.sharding.rules import target_device
 
@@ -53,6 +55,12 @@ def tpu_attention(
     Raises:
       UnsupportedAttentionError: another platform, or dtypes other than f32 and bf16.
     """
+    return _attention(q, k, v, q_segment_ids, kv_segment_ids, _plan(q, k, v, causal, sizes))
+
+
+def _plan(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, sizes: BlockSizes | None = None
+) -> Plan:
     platform, kind = target_device()
     check_platform("pallas_tpu", "tpu", platform)
     check_dtypes("pallas_tpu", q, k, v)
@@ -63,10 +71,9 @@ def tpu_attention(
         kv_length=k.shape[1],
         itemsize=q.dtype.itemsize,
     )
-    plan = Plan(
+    return Plan(
         causal, sizes or table("forward"), sizes or table("backward"), interpret=platform == "cpu"
     )
-    return _attention(q, k, v, q_segment_ids, kv_segment_ids, plan)
 
 
 Ids = jax.Array | None
@@ -96,14 +103,21 @@ def _value(
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan):
+    out, lse = named(*_run(q, k, v, q_ids, kv_ids, plan))
+    return out, (q, k, v, q_ids, kv_ids, out, lse)
+
+
+def _run(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: Ids, kv_ids: Ids, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """[B, S, N, H] results and f32[B, N, 1, S] logsumexp, base 2."""
     size, length = plan.forward, q.shape[1]
     inputs = _prepare(q, k, v, q_ids, kv_ids, size)
     pairs = schedule(
         relations(inputs.ids, *size, causal=plan.causal), *size, causal=plan.causal, by="q"
     )
     out, lse = forward(inputs, pairs, _static(plan, size, q.shape[-1]))
-    out, lse = named(heads_last(out, length), lse[..., :length])
-    return out, (q, k, v, q_ids, kv_ids, out, lse)
+    return heads_last(out, length), lse[..., :length]
 
 
 def _backward(plan: Plan, saved, d_out: jax.Array):
@@ -124,3 +138,19 @@ def _backward(plan: Plan, saved, d_out: jax.Array):
 
 _attention = jax.custom_vjp(_value, nondiff_argnums=(5,))
 _attention.defvjp(_forward, _backward)
+
+
+def _partial_forward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, jax.Array]:
+    plan = _plan(queries.q, keys.k, keys.v, causal)
+    out, lse = _run(queries.q, keys.k, keys.v, queries.ids, keys.ids, plan)
+    return out, lse[:, :, 0].swapaxes(1, 2) * math.log(2)
+
+
+def _partial_backward(queries: Queries, keys: Keys, *, causal: bool) -> tuple[jax.Array, ...]:
+    plan = _plan(queries.q, keys.k, keys.v, causal)
+    lse = queries.lse.swapaxes(1, 2)[:, :, None] / math.log(2)
+    saved = queries.q, keys.k, keys.v, queries.ids, keys.ids, queries.out, lse
+    return _backward(plan, saved, queries.d_out)[:3]
+
+
+tpu_partial = Partial(_partial_forward, _partial_backward)
