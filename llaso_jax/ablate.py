@@ -57,12 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("llaso_jax.ablation").setLevel(logging.INFO)
 
     # Imported late: --help and a mistyped flag answer at once.
+    import jax
+
     from llaso_jax.ablation.grid import grid, sharding_axis, swept_axis
     from llaso_jax.ablation.sweep import Sweep
     from llaso_jax.config import load_config
     from llaso_jax.planning.recipe import planned_stage
     from llaso_jax.planning.topology import topology_devices
 
+    # Trials have processes of their own, and would find accelerators taken by this one.
+    jax.config.update("jax_platforms", "cpu")
     try:
         cfg = load_config(args.config, args.overrides)
         planned_stage(cfg, args.stage)
@@ -151,6 +155,7 @@ def _run(
     from llaso_jax.evaluation.progress import progress_bar
 
     rows: list[Row] = []
+    fields = report.varying(points)
     trials = run_sweep(
         sweep,
         points,
@@ -163,6 +168,7 @@ def _run(
         task = bar.add_task("points", total=len(points))
         for row in trials:
             rows.append(row)
+            console.print(report.progress_line(row, fields), markup=False, highlight=False)
             bar.advance(task)
     outcomes = rank(rows, args.by)
     console.print(report.result_table(rows, outcomes))

@@ -287,7 +287,7 @@ def test_only_fields_that_differ_name_a_point():
         Row(Point("8x1", (("precision.remat", value), ("seed", "1"))), measured())
         for value in ("none", "dots")
     ]
-    fields = report.varying(rows)
+    fields = report.varying(row.point for row in rows)
     assert fields == {"precision.remat": "remat"}
     assert [report.label(row.point, fields) for row in rows] == ["remat=none", "remat=dots"]
 

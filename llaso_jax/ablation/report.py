@@ -19,12 +19,12 @@ def failed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.error is not None]
 
 
-def varying(rows: Iterable[Row]) -> dict[str, str]:
+def varying(points: Iterable[Point]) -> dict[str, str]:
     """Fields that are not the same in all points, with the shortest name that tells them apart."""
     values: dict[str, set[str | None]] = {}
-    points = [row.point.values() for row in rows]
-    for field in dict.fromkeys(field for point in points for field in point):
-        values[field] = {point.get(field) for point in points}
+    settings = [point.values() for point in points]
+    for field in dict.fromkeys(field for point in settings for field in point):
+        values[field] = {point.get(field) for point in settings}
     fields = [field for field, seen in values.items() if len(seen) > 1] or [MESH]
     last = [field.rpartition(".")[2] for field in fields]
     return {
@@ -43,9 +43,21 @@ def label(point: Point, fields: dict[str, str]) -> str:
     )
 
 
+def progress_line(row: Row, fields: dict[str, str]) -> str:
+    """What came of a point, in one line."""
+    told = "failed"
+    if (measured := row.measured) is not None:
+        steps, loss = len(measured.losses), measured.losses[-1]
+        told = f"loss {loss:.4f} after {steps} steps, compiled in {measured.compile_seconds:.0f} s"
+    if (plan := row.planned) is not None:
+        seconds = f"{plan.predicted_step_seconds:.4g} s a step at best"
+        told = f"{seconds}, compiled in {plan.compile_seconds:.0f} s"
+    return f"{label(row.point, fields)}: {told}"
+
+
 def result_table(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Table:
     """Ranked points, then those that failed."""
-    fields = varying(rows)
+    fields = varying(row.point for row in rows)
     table = Table(title=_title(outcomes))
     table.add_column("", justify="right")
     for name in fields.values():
@@ -69,7 +81,7 @@ def _title(outcomes: Sequence[Outcome]) -> str:
 
 def notes(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[str]:
     """What the table cannot say: why points failed, which do not agree, what the numbers do not mean."""
-    fields = varying(rows)
+    fields = varying(row.point for row in rows)
     lines = [f"{label(row.point, fields)}: {_first_line(row.error or '')}" for row in failed(rows)]
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     for result in results:
@@ -107,7 +119,7 @@ def plot(path: Path, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     """Bars of what matters for every point, the best on top, as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    fields = varying(rows)
+    fields = varying(row.point for row in rows)
     names = [label(outcome.point, fields) for outcome in outcomes]
     panels = list(outcomes[0].bars())
     figure = Figure(figsize=(2 + 2.5 * len(panels), 1 + 0.3 * len(names)), layout="constrained")

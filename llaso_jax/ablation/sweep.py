@@ -8,7 +8,7 @@
 import contextlib
 import dataclasses
 import json
-import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -29,8 +29,6 @@ from llaso_jax.planning.plans import check_plan
 from llaso_jax.sharding.rules import ShardingError
 from llaso_jax.training.metrics import drop_torn_line
 from llaso_jax.training.run import differences
-
-logger = logging.getLogger(__name__)
 
 TRIAL = (sys.executable, "-m", "llaso_jax.ablation.trial")
 SETTINGS, TRIALS, LOGS = "sweep.json", "trials.jsonl", "logs"
@@ -142,6 +140,7 @@ def _run_process(spec: str, result: Path, log: Path, timeout: float | None) -> s
             stdout=stream,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
     assert process.stdin is not None
     try:
@@ -152,7 +151,8 @@ def _run_process(spec: str, result: Path, log: Path, timeout: float | None) -> s
     except subprocess.TimeoutExpired:
         return f"not done after {time.monotonic() - started:.0f} s (--timeout)"
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that load its data
         process.wait()
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()

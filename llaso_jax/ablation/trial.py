@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -232,6 +233,8 @@ def _end_with_the_sweep() -> None:
     """Nobody waits for the result once the other end of the input is closed."""
     while os.read(sys.stdin.fileno(), 1024):
         pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(os.getpid(), signal.SIGKILL)  # with the processes that load its data
     os._exit(1)
 
 
