@@ -9,6 +9,8 @@ COMMANDS = {
     "generate": "let a trained model answer about a recording",
     "evaluate": "score predictions on LLaSO-Eval, compare models, check the paper",
     "ablate": "the same steps under other meshes or settings, measured side by side",
+    "plan": "memory, speed and traffic of a training step on devices that are not there",
+    "fit": "what a card with so much memory can train",
     "shard-table": "where every parameter of a recipe lies on a mesh",
 }
 

@@ -91,8 +91,7 @@ def _flops(program: Program, computation: str, operation: Operation) -> float:
 def _moved(program: Program, computation: dict[str, Operation], operation: Operation) -> int:
     results = _sizes(operation)
     if operation.opcode == "fusion":
-        (body, *_) = program.called(operation)
-        return _fusion_moved(computation, operation, program.computations[body])
+        return _fusion_moved(program, computation, operation)
     if operation.opcode in ("copy-start", "slice-start"):
         # (destination, source, ...) or ((source), destination, ...): the moved part is the smaller one.
         (first, second) = zip(operation.shapes[:2], operation.spaces[:2], strict=True)
@@ -111,14 +110,8 @@ def _moved(program: Program, computation: dict[str, Operation], operation: Opera
     )
 
 
-def _fusion_moved(
-    computation: dict[str, Operation], fusion: Operation, body: dict[str, Operation]
-) -> int:
-    parameters = {int(op.arguments): op for op in body.values() if op.opcode == "parameter"}
-    users: dict[str, list[Operation]] = {}
-    for op in body.values():
-        for name in op.operands:
-            users.setdefault(name, []).append(op)
+def _fusion_moved(program: Program, computation: dict[str, Operation], fusion: Operation) -> int:
+    body = _body(program, fusion)
     root = list(body.values())[-1]
     if "AsyncCollectiveDone" in root.rest:
         return 0  # what arrived was counted where it started
@@ -126,47 +119,69 @@ def _fusion_moved(
     for index, name in enumerate(fusion.operands):
         held = sum(_sizes(computation[name]))
         if held:
-            read += min(held, _read(parameters[index], users))
-    return read + _written(root, body, fusion)
+            read += min(held, _read(program, body, _parameter(body, index)))
+    return read + _written(program, root, body, fusion)
 
 
-def _read(value: Operation, users: dict[str, list[Operation]]) -> int:
-    """Bytes of a fusion's parameter that its users take."""
+def _read(program: Program, body: dict[str, Operation], value: Operation) -> int:
+    """Bytes of a value inside a fusion that its users take."""
     total = 0
-    for user in users.get(value.name, []):
-        if user.opcode in _SLICES and user.operands[0] == value.name:
+    for user in body.values():
+        if value.name not in user.operands or user.opcode == "tuple":
+            continue  # a tuple hands it on
+        first = user.operands[0] == value.name
+        if user.opcode in _SLICES and first:
             total += _whole(user)
+        elif user.opcode == "dynamic-update-slice" and first:
+            continue  # updated in place
         elif user.opcode == "bitcast":
-            total += _read(user, users)
-        elif user.opcode == "tuple" or (
-            user.opcode == "dynamic-update-slice" and user.operands[0] == value.name
-        ):
-            continue  # handed on, or updated in place
+            total += _read(program, body, user)
+        elif user.opcode == "fusion":
+            inner = _body(program, user)
+            for index, name in enumerate(user.operands):
+                if name == value.name:
+                    total += _read(program, inner, _parameter(inner, index))
         else:
             return _whole(value)
-    return total
+    return min(total, _whole(value))
 
 
-def _written(root: Operation, body: dict[str, Operation], fusion: Operation) -> int:
+def _written(
+    program: Program, root: Operation, body: dict[str, Operation], fusion: Operation
+) -> int:
     parts = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(fusion.spaces):
         return sum(_sizes(fusion))  # a kernel that gives several results at once
-    total = 0
-    for part, space in zip(parts, fusion.spaces, strict=True):
-        if space == _HBM:
-            total += _result(part, body)
-    return total
+    return sum(
+        _result(program, part, body)
+        for part, space in zip(parts, fusion.spaces, strict=True)
+        if space == _HBM
+    )
 
 
-def _result(value: Operation, body: dict[str, Operation]) -> int:
+def _result(program: Program, value: Operation, body: dict[str, Operation]) -> int:
     """Bytes that giving this value writes."""
     if value.opcode == "bitcast":
-        return _result(body[value.operands[0]], body)
+        return _result(program, body[value.operands[0]], body)
     if value.opcode == "parameter" or "chain_id=" in value.rest:
         return 0  # handed on: a collective that goes on in the next fusion
     if value.opcode == "dynamic-update-slice":
         return _whole(body[value.operands[1]])
+    if value.opcode == "fusion":
+        inner = _body(program, value)
+        return _written(program, list(inner.values())[-1], inner, value)
     return _whole(value)
+
+
+def _body(program: Program, fusion: Operation) -> dict[str, Operation]:
+    (name, *_) = program.called(fusion)
+    return program.computations[name]
+
+
+def _parameter(body: dict[str, Operation], index: int) -> Operation:
+    return next(
+        op for op in body.values() if op.opcode == "parameter" and int(op.arguments) == index
+    )
 
 
 def _sizes(operation: Operation) -> Sequence[int]:

@@ -18,9 +18,11 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_DONATED = re.compile(r"\{(\d*)\}: \(\d+, \{")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
+_SCOPE_FLOPS = re.compile(r'op_name="[^"]*\bflops=(\d+)/')
 _LIBRARY = re.compile(r'custom_call_target="(__(?:cublas|cudnn|onednn)[^"]*)"')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIM_LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
@@ -62,10 +64,14 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program: its computations by name, and which of them it begins with."""
+    """A compiled program: its computations by name, and which of them it begins with.
+
+    donated: numbers of the results that take the place of an argument.
+    """
 
     computations: dict[str, dict[str, Operation]]
     entry: str
+    donated: frozenset[int] = frozenset()
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
@@ -165,7 +171,9 @@ def parse(text: str) -> Program:
             current[operation.name] = operation
     if entry is None:
         raise HloError("the text has no ENTRY computation: give jax.stages.Compiled.as_text().")
-    return Program(computations, entry)
+    header = text.partition("\n")[0].partition("input_output_alias={")[2].partition(") }")[0]
+    donated = frozenset(int(n or 0) for n in _DONATED.findall(header))
+    return Program(computations, entry, donated)
 
 
 def array_bytes(shape: Shape) -> int:
@@ -197,13 +205,18 @@ def operation_flops(operation: Operation, computation: dict[str, Operation]) -> 
         return _dot_flops(operation, computation)
     if operation.opcode == "convolution":
         return _convolution_flops(operation, computation)
-    return _custom_flops(operation) if operation.opcode == "custom-call" else 0.0
+    if operation.opcode == "custom-call":
+        return _custom_flops(operation, computation)
+    return 0.0
 
 
-def _custom_flops(operation: Operation) -> float:
-    if estimate := _KERNEL_FLOPS.search(operation.rest):
+def _custom_flops(operation: Operation, computation: dict[str, Operation]) -> float:
+    """A kernel's FLOPs by its estimate, or by the name of its scope: "flops=N/" (Triton kernels have no estimate)."""
+    if estimate := _KERNEL_FLOPS.search(operation.rest) or _SCOPE_FLOPS.search(operation.rest):
         return float(estimate[1])
     if library := _LIBRARY.search(operation.rest):
+        if library[1].startswith("__cudnn$conv"):
+            return _convolution_flops(operation, computation)
         raise HloError(
             f"{operation.name} calls {library[1]}, whose products are not in the text of the program."
         )
@@ -262,7 +275,7 @@ def _convolution_flops(operation: Operation, computation: dict[str, Operation]) 
         raise HloError(f"a convolution without dim_labels: {operation.name}")
     ((_, left),) = computation[operation.operands[0]].shapes
     ((_, right),) = computation[operation.operands[1]].shapes
-    ((_, out),) = operation.shapes
+    (_, out), *_ = operation.shapes  # a library's call has scratch memory too
     fields = _window(operation)
     pairs = 1
     spatial = sorted(label for label in labels[1] if label.isdigit())

@@ -28,6 +28,7 @@ from llaso_jax.config import RunConfig, parse_config, resolve_path, to_tree
 from llaso_jax.data.batch import Batch
 from llaso_jax.data.tokenizer import load_tokenizer
 from llaso_jax.errors import DataError, NonFiniteLossError
+from llaso_jax.planning.memory import peak_bytes
 from llaso_jax.planning.plan import plan
 from llaso_jax.planning.recipe import planned_stage
 from llaso_jax.sharding.mesh import make_mesh, parse_mesh, provide_cpu_devices
@@ -183,7 +184,10 @@ def _measure(run: StageRun, steps: int) -> Measured:
         audio_seconds=tuple(batch.stats.audio_seconds for batch in batches),
         samples=tuple(batch.stats.samples for batch in batches),
         compile_seconds=compile_seconds,
-        peak_bytes=max(_peak_bytes(program.step) for program in programs.values()),
+        peak_bytes=max(
+            peak_bytes(program.step.memory_analysis(), devices[0].platform)
+            for program in programs.values()
+        ),
         device_peak_bytes=max(filter(None, held), default=None),
         device=devices[0].device_kind,
         devices=len(devices),
@@ -199,12 +203,6 @@ def _next_batch(run: StageRun, steps: int) -> Batch:
             f"Give fewer steps, or a larger data.epochs."
         )
     return batch
-
-
-def _peak_bytes(program: jax.stages.Compiled) -> int:
-    memory = program.memory_analysis()
-    assert memory is not None
-    return memory.peak_memory_in_bytes
 
 
 def main(argv: list[str] | None = None) -> int:

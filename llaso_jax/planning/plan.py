@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from llaso_jax.config import RunConfig, StageConfig
 from llaso_jax.errors import ConfigError, LlasoError
 from llaso_jax.planning.bounds import Bounds, step_bounds
-from llaso_jax.planning.hardware import GIB, Accelerator, find_accelerator
-from llaso_jax.planning.memory import hbm_by_owner
+from llaso_jax.planning.hardware import Accelerator, find_accelerator
+from llaso_jax.planning.memory import hbm_by_owner, peak_bytes
 from llaso_jax.planning.recipe import planned_model, planned_stage
 from llaso_jax.planning.topology import topology_devices
 from llaso_jax.sharding.collectives import collective_bytes
@@ -29,8 +29,6 @@ from llaso_jax.training.state import Layout
 
 CORPUS_SAMPLES = {"align": 12_000_000, "instruct": 13_500_000}
 """Samples of LLaSO-Align and LLaSO-Instruct (arXiv 2508.15418)."""
-USABLE = 0.92
-"""Share of the memory that `--batch auto` fills at most: a run needs some for what comes between two steps."""
 
 
 class PlanError(LlasoError):
@@ -196,6 +194,7 @@ def plan_on(
     memory = compiled.memory_analysis()
     if memory is None:
         raise PlanError(f"the compiler for {topology or device.name} gives no memory analysis.")
+    peak = peak_bytes(memory, platform)
     program = parse(compiled.as_text() or "")
     costs = list(operation_costs(program))
     sent = collective_bytes(program, mesh.shape)
@@ -211,8 +210,8 @@ def plan_on(
         sequence_length=chosen.data.sequence_length,
         chunks_per_row=chosen.data.chunks_per_row,
         remat=compute.remat,
-        peak_hbm_bytes=memory.peak_memory_in_bytes,
-        hbm_by_owner=hbm_by_owner(step, memory.peak_memory_in_bytes),
+        peak_hbm_bytes=peak,
+        hbm_by_owner=hbm_by_owner(step, program, peak),
         analytic_flops=stage_flops(model, chosen),
         counted_flops=mesh.size * sum(cost.times * cost.flops for cost in costs),
         collectives=sent,
@@ -243,60 +242,9 @@ def with_batch(stage: StageConfig, shards: int, batch: int | None) -> StageConfi
     return dataclasses.replace(stage, data=data, accumulation=accumulation)
 
 
-def meshes_of(devices: int) -> Iterator[str]:
-    """Every mesh of so many devices that has a batch axis, fsdp or data, and a tensor axis."""
-    for tensor in range(1, devices + 1):
-        if devices % tensor == 0:
-            rest = devices // tensor
-            yield f"fsdp={rest},tensor={tensor}"
-            if rest > 1:
-                yield f"data={rest},tensor={tensor}"
-
-
 def mesh_name(sizes: Mapping[str, int]) -> str:
     """A mesh by its axes of more than one device: "fsdp=4,tensor=2"."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "1x1"
-
-
-def largest_batch(try_batch: Callable[[int], Plan], hbm_bytes: int) -> Plan:
-    """The plan of the most rows for which `try_batch` stays below USABLE of the memory.
-
-    Memory grows by nearly as much with every row, so two plans tell where to look for the last that fits.
-
-    Raises:
-      PlanError: not even one row fits.
-    """
-    limit = USABLE * hbm_bytes
-    fitting = {1: try_batch(1)}
-    if fitting[1].peak_hbm_bytes > limit:
-        raise PlanError(
-            f"one row needs {fitting[1].peak_hbm_bytes / GIB:.2f} GiB of {hbm_bytes / GIB:.2f}: more than {USABLE:.0%}."
-        )
-    most, too_many = 1, None
-    guess = 2
-    while too_many is None or too_many - most > 1:
-        try:
-            tried = try_batch(guess)
-            fits = tried.peak_hbm_bytes <= limit
-        except PlanError:
-            fits = False
-        if fits:
-            fitting[guess] = tried
-            most = guess
-        else:
-            too_many = guess
-        guess = _next_batch(fitting, too_many, limit)
-    return fitting[most]
-
-
-def _next_batch(fitting: Mapping[int, Plan], too_many: int | None, limit: float) -> int:
-    most = max(fitting)
-    if len(fitting) > 1:
-        row = (fitting[most].peak_hbm_bytes - fitting[1].peak_hbm_bytes) / (most - 1)
-        guess = most + int((limit - fitting[most].peak_hbm_bytes) / max(row, 1))
-    else:
-        guess = (most + (too_many or 2 * most)) // 2
-    return min(max(guess, most + 1), (too_many or 4 * most) - (1 if too_many else 0))
 
 
 def _refused(error: jax.errors.JaxRuntimeError) -> Exception:

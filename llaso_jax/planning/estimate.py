@@ -1,0 +1,182 @@
+"""Memory of a training step without any compiler: shapes of what is stored and of what the backward pass keeps.
+
+What is stored is known exactly. What the backward pass keeps is asked of JAX itself: the gradient is traced, not run,
+and its residuals counted, so every rematerialization policy and every model is covered. Only the working memory of one
+layer and of the loss is a formula. docs/plan.md compares the result with compiled steps.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from llaso_jax.config import PrecisionConfig, StageConfig
+from llaso_jax.data.config import DataConfig
+from llaso_jax.modeling.compute import ComputeConfig, RematPolicy
+from llaso_jax.modeling.functional import (
+    abstract_params,
+    bind,
+    merge,
+    param_shardings,
+    split,
+    unflatten,
+)
+from llaso_jax.modeling.kernels.cross_entropy.chunked import CHUNK
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.sharding.mesh import MESH_AXES
+from llaso_jax.training.optimizer import ParameterRule, learning_rate_scales
+
+MOMENTS = 2  # of AdamW, f32 as the weights they belong to
+F32 = 4
+HEAD = "language_model/embed_tokens/weight"  # its output side too, where they are tied
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device.
+
+    Attributes:
+      weights: parameters, trained ones in f32.
+      optimizer: moments.
+      gradients: of the trained parameters, summed over micro-batches in f32.
+      saved: what the forward pass keeps for the backward pass.
+      working: the larger of the loss and the backward pass of one layer.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    saved: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.weights + self.optimizer + self.gradients + self.saved + self.working
+
+
+def estimate(
+    model: SpeechLMConfig,
+    stage: StageConfig,
+    precision: PrecisionConfig,
+    *,
+    devices: int,
+    rows: int,
+) -> Estimate:
+    """Memory of a step of `stage` on accelerators, rows and weights split over `devices` (fsdp).
+
+    Args:
+      model: architecture, adapters included.
+      stage: whose trained parameters and sizes of a row.
+      precision: dtypes and rematerialization, as on an accelerator.
+      devices: of the mesh `devices x 1`.
+      rows: that a device has at a time.
+
+    Raises:
+      ShardingError: parameters that do not split over so many devices.
+      ConfigError: rules of the stage that do not fit the model.
+    """
+    compute, frozen = precision.resolve("gpu")
+    held, trained = _stored_bytes(model, stage.parameters, frozen, devices)
+    return Estimate(
+        weights=held + trained,
+        optimizer=MOMENTS * trained,
+        gradients=trained,
+        saved=rows * _saved_bytes(model, stage, compute, frozen),
+        working=_working_bytes(model, stage, compute, rows),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _stored_bytes(
+    model: SpeechLMConfig, rules: tuple[ParameterRule, ...], frozen: str, devices: int
+) -> tuple[int, int]:
+    """Bytes of the frozen and of the trained parameters on each of `devices`."""
+    infos = abstract_params(model)
+    scales = learning_rate_scales(infos, rules)
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": devices}
+    shardings = param_shardings(model, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    trained = held = 0
+    for path, info in infos.items():
+        count = math.prod(shardings[path].shard_shape(info.shape))
+        if scales[path] is None:
+            held += count * jnp.dtype(frozen).itemsize
+        else:
+            trained += count * F32
+    return held, trained
+
+
+@functools.lru_cache(maxsize=64)
+def _saved_bytes(
+    model: SpeechLMConfig, stage: StageConfig, compute: ComputeConfig, frozen: str
+) -> int:
+    """Residuals of one row's gradient that are no parameters."""
+    infos = abstract_params(model)
+    scales = learning_rate_scales(infos, stage.parameters)
+    params = unflatten(
+        {
+            path: jax.ShapeDtypeStruct(info.shape, frozen if scales[path] is None else jnp.float32)
+            for path, info in infos.items()
+        }
+    )
+    trainable, rest = split(params, lambda path: scales[path] is not None)
+    # Any implementation keeps results and logsumexp; this one can be traced without a device.
+    compute = dataclasses.replace(compute, attention="chunked")
+
+    def backward(trainable: Any, rest: Any, row: dict[str, Any]) -> Any:
+        def loss(trained: Any) -> jax.Array:
+            return bind(model, merge(trained, rest), compute).losses(row, stage.loss)[0]
+
+        return jax.vjp(loss, trainable)[1]
+
+    residuals = jax.eval_shape(backward, trainable, rest, _row(model, stage.data))
+    weights = {tuple(sorted(info.shape)) for info in infos.values()}
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(residuals)
+        if tuple(sorted(leaf.shape)) not in weights
+    )
+
+
+def _row(model: SpeechLMConfig, data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    s, c, a = data.sequence_length, data.chunks_per_row, data.answers_per_row
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("tokens", "audio_slot", "positions", "segment_ids"), (s,)),
+        "mel": (c, model.audio.num_mel_bins, data.mel_buckets[-1]),
+        "mel_frames": (c,),
+        **dict.fromkeys(("answer_index", "answer_token"), (a,)),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((1, *shape), jnp.float32 if name == "mel" else jnp.int32)
+        for name, shape in shapes.items()
+    }
+
+
+def _working_bytes(
+    model: SpeechLMConfig,
+    stage: StageConfig,
+    compute: ComputeConfig,
+    rows: int,
+) -> int:
+    """The loss of a chunk of answers, or the backward pass of one layer of the decoder, whichever is more."""
+    text, item = model.text, compute.jnp_dtype.itemsize
+    table = text.padded_vocab_size * text.hidden_size
+    scales = learning_rate_scales(abstract_params(model), stage.parameters)
+    head_is_trained = scales[HEAD] is not None
+    answers = min(CHUNK, rows * stage.data.answers_per_row)
+    logits = 2 * answers * text.padded_vocab_size * F32
+    loss = table * item + logits + (table * F32 if head_is_trained else 0)
+    positions = rows * stage.data.sequence_length
+    # Inputs, outputs and gradients of the feed-forward network, and its weights with their gradient.
+    inside = 6 * text.intermediate_size + 8 * text.hidden_size
+    weights = 2 * 3 * text.hidden_size * text.intermediate_size
+    return max(loss, (positions * inside + weights) * item)
+
+
+def with_remat(precision: PrecisionConfig, remat: RematPolicy) -> PrecisionConfig:
+    """`precision` with another rematerialization policy."""
+    return dataclasses.replace(precision, remat=remat)
