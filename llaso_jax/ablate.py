@@ -1,6 +1,6 @@
 """Which mesh, which setting: the same training steps under each, measured side by side.
 
-`llaso ablate sharding` tries every way to split the devices; `--sweep` any field of the recipe. Every point trains some
+`llaso ablate sharding` tries every strategy on every mesh of the devices; `--sweep` any field of the recipe. Every point trains some
 steps of the recipe's real stage on its real data in a process of its own; a point that fails is a row with its error.
 The same command continues a sweep that was interrupted.
 """
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   llaso ablate sharding --config mini --devices 8
-      every mesh of 8 devices (simulated where the machine has none), ranked by speed
+      every strategy on every mesh of 8 devices (simulated where the machine has none), ranked by speed
   llaso ablate --config mini --mesh 8x1 --sweep remat=none,dots,layer --sweep stages.0.data.rows=8,16,32
       every combination of two fields; a short name is enough where one field alone ends so
-  llaso ablate --config mini --sweep audio_mode=true_length,padded mel_buckets=[104,160],[3000] sequence_length=112,800
+  llaso ablate --sweep audio_mode=true_length,padded 'mel_buckets=[104,160],[3000]' sequence_length=112,800
       fields of one --sweep move together
   llaso ablate sharding --devices 8 --by memory --sweep remat=none,layer --output runs/memory stages.0.accumulation=2
       the least memory; settings at the end hold for all points
   llaso ablate sharding --config llaso_base_align --topology v5e:4x2
-      the same meshes, ranked by what a plan predicts for a TPU slice
+      the same, ranked by what a plan predicts for a TPU slice
 """
 
 EXIT_ERROR = 1

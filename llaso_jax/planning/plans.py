@@ -31,6 +31,8 @@ def judged_plans(recipe: RunConfig, devices: int, *, stage: int = 0) -> Iterator
     Raises:
       ConfigError: no such stage, or rules that do not fit the model.
     """
+    # What is wrong on every mesh is an error, no plan's reason.
+    planned_model(recipe)
     planned_stage(recipe, stage)
     for plan in plans(devices):
         sharding = dataclasses.replace(recipe.sharding, strategy=plan.strategy)
