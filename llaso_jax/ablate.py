@@ -1,11 +1,13 @@
 """Which mesh, which setting: the same training steps under each, measured side by side.
 
-`llaso ablate sharding` tries every strategy on every mesh of the devices; `--sweep` any field of the recipe. Every point trains some
-steps of the recipe's real stage on its real data in a process of its own; a point that fails is a row with its error.
-The same command continues a sweep that was interrupted.
+`llaso ablate sharding` tries every strategy on every mesh of the devices; `--sweep` any field of the recipe. Every
+point trains some steps of the recipe's real stage on its real data in a process of its own; a point that fails is a row
+with its error. With `--topology` points are planned for devices that need not be there: compiled, never run. The same
+command continues a sweep that was interrupted.
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -80,11 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     except LlasoError as error:
         sys.stderr.write(f"llaso ablate: error: {error}\n")
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        console.print(
-            "[yellow]stopped[/]: run the same command again to continue with what is left."
-        )
-        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +161,7 @@ def _run(
         retry=args.retry,
         timeout=args.timeout,
     )
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, contextlib.suppress(KeyboardInterrupt):
         task = bar.add_task("points", total=len(points))
         for row in trials:
             rows.append(row)
@@ -175,6 +172,11 @@ def _run(
     for note in report.notes(rows, outcomes):
         console.print(f"- {note}", markup=False, highlight=False)
     report.write_csv(output / "table.csv", rows, outcomes)
+    if len(rows) < len(points):
+        console.print(
+            f"[yellow]stopped[/] after {len(rows)} of {len(points)} points: the same command continues."
+        )
+        return EXIT_INTERRUPTED
     best = report.winner(outcomes)
     if best is None:
         console.print(f"\nNo point worked: {output}/logs has what each said.", highlight=False)

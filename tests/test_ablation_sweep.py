@@ -304,6 +304,19 @@ def test_the_csv_holds_every_point_and_the_plot_is_drawn(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ctrl_c_shows_what_was_measured_so_far(monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        yield Row(Point("1x1", (("seed", "1"),)), measured())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run_sweep", interrupted)
+    assert main(["--sweep", "seed=1,2", "--output", str(tmp_path)]) == 75
+    said = capsys.readouterr().out
+    assert "0.375" in said
+    assert "stopped after 1 of 2 points" in said
+    assert read_table(tmp_path / "table.csv")[0]["step_seconds"] == "0.375"
+
+
 # --- the real thing -------------------------------------------------------------------------------
 
 
