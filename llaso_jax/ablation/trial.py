@@ -144,7 +144,7 @@ class _Program:
 
 def _measure(run: StageRun, steps: int) -> Measured:
     programs: dict[Any, _Program] = {}
-    losses, norms, seconds, warm, batches = [], [], [], [], []
+    losses, norms, seconds, warm, stats = [], [], [], [], []
     compile_seconds = 0.0
     for number in range(1, steps + 1):
         batch = _next_batch(run, steps)
@@ -168,7 +168,7 @@ def _measure(run: StageRun, steps: int) -> Measured:
         run.step, run.samples = number, run.samples + batch.stats.samples
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
-        batches.append(batch)
+        stats.append(batch.stats)
         if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
             raise NonFiniteLossError(
                 f"step {number}: loss {losses[-1]}, gradient norm {norms[-1]}."
@@ -181,8 +181,8 @@ def _measure(run: StageRun, steps: int) -> Measured:
         grad_norms=tuple(norms),
         step_seconds=tuple(seconds),
         timed=tuple(warm) if any(warm) else (True,) * steps,
-        audio_seconds=tuple(batch.stats.audio_seconds for batch in batches),
-        samples=tuple(batch.stats.samples for batch in batches),
+        audio_seconds=tuple(batch.audio_seconds for batch in stats),
+        samples=tuple(batch.samples for batch in stats),
         compile_seconds=compile_seconds,
         peak_bytes=max(
             peak_bytes(program.step.memory_analysis(), devices[0].platform)
