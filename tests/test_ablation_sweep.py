@@ -312,7 +312,7 @@ def test_ctrl_c_shows_what_was_measured_so_far(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "run_sweep", interrupted)
     assert main(["--sweep", "seed=1,2", "--output", str(tmp_path)]) == 75
     said = capsys.readouterr().out
-    assert "0.375" in said
+    assert "375 ms" in said
     assert "stopped after 1 of 2 points" in said
     assert read_table(tmp_path / "table.csv")[0]["step_seconds"] == "0.375"
 

@@ -4,7 +4,9 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from llaso_jax.ablation.grid import MESH, TOPOLOGY, Point
 from llaso_jax.ablation.results import Forecast, Outcome, Result
@@ -58,25 +60,24 @@ def progress_line(row: Row, fields: dict[str, str]) -> str:
 def result_table(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Table:
     """Ranked points, then those that failed."""
     fields = varying(row.point for row in rows)
-    table = Table(title=_title(outcomes))
+    table = Table(title=_title(outcomes), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", justify="right")
-    for name in fields.values():
-        table.add_column(name, overflow="fold")
+    table.add_column("point", overflow="fold", min_width=20)
     for name in outcomes[0].cells() if outcomes else ("",):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for number, outcome in enumerate(outcomes, 1):
         style = "" if outcome.agrees else "red"
-        cells = outcome.cells().values()
-        table.add_row(str(number), *_values(outcome.point, fields), *cells, style=style)
+        name = Text(label(outcome.point, fields))
+        table.add_row(str(number), name, *outcome.cells().values(), style=style)
     for row in failed(rows):
-        table.add_row("-", *_values(row.point, fields), "failed", style="dim")
+        table.add_row("-", Text(label(row.point, fields)), "failed", style="dim")
     return table
 
 
 def _title(outcomes: Sequence[Outcome]) -> str:
     if outcomes and isinstance(outcomes[0], Forecast):
-        return "ranked by prediction; compute, memory and links: what each alone needs for a step"
-    return "ranked; Δ: relative difference from the reference, the largest of all steps"
+        return "what a step takes at best, and what its compute, memory traffic and links need alone; GiB a device"
+    return "GiB: peak of a device; Δ: largest relative difference of any step from the first"
 
 
 def notes(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[str]:

@@ -28,6 +28,8 @@ TOLERANCE = {
     "bfloat16": 2e-2,  # 8 bits: one rounding is 4e-3
 }
 
+_UNITS = ((1, "s"), (1e3, "ms"), (1e6, "µs"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -102,14 +104,15 @@ class Result:
 
     def cells(self) -> dict[str, str]:
         """Columns of the table."""
-        first = self.reference is None
+        differences = (self.loss_difference, self.grad_norm_difference)
+        shown = [f"{d:.1e}" for d in differences] if self.reference is not None else ["(first)", ""]
         return {
-            "s/step": f"{self.step_seconds:.3f}",
-            "samples/s": f"{self.samples_per_second:.1f}",
-            "compile s": f"{self.measured.compile_seconds:.1f}",
-            "GiB a device": f"{self.peak_bytes / GIB:.3g}",
-            "Δ loss": "reference" if first else f"{self.loss_difference:.1e}",
-            "Δ grad norm": "" if first else f"{self.grad_norm_difference:.1e}",
+            "step": _duration(self.step_seconds),
+            "samples/s": _count(self.samples_per_second),
+            "compile": _duration(self.measured.compile_seconds),
+            "GiB": f"{self.peak_bytes / GIB:.3g}",
+            "Δ loss": shown[0],
+            "Δ norm": shown[1],
         }
 
     def bars(self) -> dict[str, float]:
@@ -155,13 +158,12 @@ class Forecast:
         """Columns of the table."""
         plan = self.plan
         return {
-            "s/step": f"{plan.predicted_step_seconds:.3f}",
-            "samples/s": f"{plan.samples_per_second:.1f}",
-            "compute s": f"{plan.bounds.compute:.3f}",
-            "memory s": f"{plan.bounds.hbm:.3f}",
-            "links s": f"{plan.bounds.interconnect:.3f}",
-            "GiB a device": f"{plan.peak_hbm_bytes / GIB:.3g}",
-            "of all": f"{plan.hbm_share:.0%}",
+            "step": _duration(plan.predicted_step_seconds),
+            "samples/s": _count(plan.samples_per_second),
+            "compute": _duration(plan.bounds.compute),
+            "memory": _duration(plan.bounds.hbm),
+            "links": _duration(plan.bounds.interconnect),
+            "GiB": f"{plan.peak_hbm_bytes / GIB:.3g}",
         }
 
     def bars(self) -> dict[str, float]:
@@ -219,3 +221,12 @@ def _difference(actual: Sequence[float], expected: Sequence[float]) -> float:
 
 def _timed(measured: Measured, values: Sequence) -> list:
     return [value for value, counts in zip(values, measured.timed, strict=True) if counts]
+
+
+def _duration(seconds: float) -> str:
+    scale, unit = next((one for one in _UNITS if seconds >= 1 / one[0]), _UNITS[-1])
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if 100 <= number < 1e6 else f"{number:.3g}"
