@@ -123,14 +123,15 @@ def plot(path: Path, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
     fields = varying(row.point for row in rows)
     names = [label(outcome.point, fields) for outcome in outcomes]
     panels = list(outcomes[0].bars())
-    figure = Figure(figsize=(2 + 2.5 * len(panels), 1 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(3 + 1.6 * len(panels), 0.8 + 0.25 * len(names)), layout="constrained")
     for axes, title in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
         bars = axes.barh(range(len(names)), [outcome.bars()[title] for outcome in outcomes])
         axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
         axes.set_title(title, fontsize=9)
-        axes.margins(x=0.2)
+        axes.margins(x=0.35)  # for the numbers
+        axes.locator_params(axis="x", nbins=4)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
     figure.axes[0].invert_yaxis()  # and with it the others

@@ -118,8 +118,8 @@ class Result:
     def bars(self) -> dict[str, float]:
         """Panels of the plot."""
         return {
-            "seconds per step (median)": self.step_seconds,
-            "peak memory per device, GiB": self.peak_bytes / GIB,
+            "a step (median), s": self.step_seconds,
+            "peak GiB of a device": self.peak_bytes / GIB,
             "compile time, s": self.measured.compile_seconds,
         }
 
@@ -169,11 +169,11 @@ class Forecast:
     def bars(self) -> dict[str, float]:
         """Panels of the plot."""
         return {
-            "predicted s per step": self.plan.predicted_step_seconds,
-            "compute, s": self.plan.bounds.compute,
-            "memory traffic, s": self.plan.bounds.hbm,
-            "links, s": self.plan.bounds.interconnect,
-            "peak GiB per device": self.plan.peak_hbm_bytes / GIB,
+            "a step at best, ms": 1e3 * self.plan.predicted_step_seconds,
+            "compute, ms": 1e3 * self.plan.bounds.compute,
+            "memory traffic, ms": 1e3 * self.plan.bounds.hbm,
+            "links, ms": 1e3 * self.plan.bounds.interconnect,
+            "peak GiB of a device": self.plan.peak_hbm_bytes / GIB,
         }
 
 
