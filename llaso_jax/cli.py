@@ -8,6 +8,7 @@ COMMANDS = {
     "convert": "Hugging Face, CTranslate2 or GGUF weights in; Hugging Face weights out",
     "generate": "let a trained model answer about a recording",
     "evaluate": "score predictions on LLaSO-Eval, compare models, check the paper",
+    "ablate": "the same steps under other meshes or settings, measured side by side",
     "plan": "memory, speed and traffic of a training step on devices that are not there",
     "fit": "what a card with so much memory can train",
     "shard-table": "where every parameter of a recipe lies on a mesh",

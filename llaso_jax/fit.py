@@ -36,9 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--hbm {args.hbm:g} --devices {args.devices}: both must be positive")
 
     from llaso_jax.config import RECIPES, load_config
-    from llaso_jax.errors import LlasoError
+    from llaso_jax.errors import user_errors
     from llaso_jax.planning.fit import fit_text, fits
-    from llaso_jax.sharding.rules import ShardingError
 
     names = [args.config] if args.config else sorted(path.stem for path in RECIPES.glob("*.yaml"))
     try:
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in names
             for fit in fits(load_config(name, args.overrides), args.hbm, devices=args.devices)
         ]
-    except (LlasoError, ShardingError) as error:
+    except user_errors() as error:
         sys.stderr.write(f"llaso fit: error: {error}\n")
         return EXIT_ERROR
     sys.stdout.write(fit_text(found, args.hbm, args.devices))

@@ -54,10 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch {args.batch}: a number of rows, or auto")
 
     from llaso_jax.config import load_config
-    from llaso_jax.errors import LlasoError
+    from llaso_jax.errors import user_errors
     from llaso_jax.planning.report import comparison_text, plan_text, write_report
     from llaso_jax.planning.search import plan_meshes
-    from llaso_jax.sharding.rules import ShardingError
 
     try:
         recipe = load_config(args.config, args.overrides)
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         write_report(folder, plans, refusals)
         sys.stdout.write(f"report: {folder / 'plan.html'}\n")
-    except (LlasoError, ShardingError, OSError) as error:
+    except (*user_errors(), OSError) as error:
         sys.stderr.write(f"llaso plan: error: {error}\n")
         return EXIT_ERROR
     return 0

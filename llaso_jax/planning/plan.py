@@ -184,7 +184,7 @@ def plan_on(
 ) -> Plan:
     """`plan` on a mesh whose devices are each a `device`."""
     model, _ = planned_model(recipe)
-    layout = Layout.of(model, mesh)
+    layout = Layout.of(model, mesh, recipe.sharding.rules(), frozen=recipe.sharding.frozen)
     chosen = with_batch(planned_stage(recipe, stage), layout.batch_shards, batch)
     platform = mesh.devices.flat[0].platform
     compute, frozen = recipe.precision.resolve("gpu" if platform == "cuda" else platform)

@@ -26,7 +26,7 @@ class MetricsWriter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _drop_torn_line(path)
+        drop_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -55,7 +55,7 @@ class MetricsWriter:
                     self._events.add_scalar(f"{stage}/{kind}/{name}", value, step)
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Remove what a process that ended while writing left after the last whole line."""
     if path.is_file():
         content = path.read_bytes()

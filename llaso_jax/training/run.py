@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def train(
 
     # 1. Mesh and model.
     device_mesh = make_mesh(mesh)
-    model = _model_config(cfg)
+    model = model_config(cfg)
     rules = cfg.sharding.rules()
     layout = Layout.of(model, device_mesh, rules, frozen=cfg.sharding.frozen)
     for stage in cfg.stages:
@@ -87,7 +88,7 @@ def train(
     # 2. Output folder: one, which all processes reach; the first writes what is written once.
     first_process = is_first_process()
     tokenizer = load_tokenizer(resolve_path(cfg.tokenizer))
-    _check_vocabulary(model, tokenizer, cfg.tokenizer)
+    check_vocabulary(model, tokenizer, cfg.tokenizer)
     text_files = output / "tokenizer"
     if first_process:
         _prepare_output(cfg, output, overwrite=overwrite)
@@ -95,7 +96,7 @@ def train(
     wait_for_all("output folder prepared")
 
     # 3. Parameters to start from.
-    params, hf_config = _initial_params(cfg, model, layout)
+    params, hf_config = initial_params(cfg, model, layout)
     logger.info(
         "%s: %.2f M parameters, strategy %s, mesh %s (%d %s devices)",
         cfg.name,
@@ -167,7 +168,7 @@ def train(
     return RunResult(output, output / "model", hf, first, last)
 
 
-def _model_config(cfg: RunConfig) -> SpeechLMConfig:
+def model_config(cfg: RunConfig) -> SpeechLMConfig:
     """The architecture that is trained, with the adapters the recipe adds."""
     if cfg.weights is None:
         assert cfg.model is not None
@@ -182,7 +183,7 @@ def _model_config(cfg: RunConfig) -> SpeechLMConfig:
     return with_adapters(model, cfg.lora)
 
 
-def _initial_params(
+def initial_params(
     cfg: RunConfig, model: SpeechLMConfig, layout: Layout
 ) -> tuple[Params, dict[str, Any]]:
     """Parameters, and the Hugging Face configuration they came with (or {})."""
@@ -203,7 +204,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     )
 
 
-def _check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:
+def check_vocabulary(model: SpeechLMConfig, tokenizer: Any, name: str) -> None:
+    """Raise ConfigError unless the model has an embedding for every token."""
     if len(tokenizer) > model.text.vocab_size:
         raise ConfigError(
             f"tokenizer {name!r} has {len(tokenizer)} tokens, the model model.text.vocab_size="
@@ -226,9 +228,9 @@ def _prepare_output(cfg: RunConfig, output: Path, *, overwrite: bool) -> None:
         # The settings go last: a deletion cut short leaves a run that can still be overwritten.
         for path in [path for path in output.iterdir() if path != resolved] + [resolved]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    elif differences := _differences(earlier, to_tree(cfg)):
+    elif changed := differences(earlier, to_tree(cfg)):
         raise CheckpointError(
-            f"{output} holds a run of other settings ({'; '.join(differences[:5])}). Choose another "
+            f"{output} holds a run of other settings ({'; '.join(changed[:5])}). Choose another "
             f"--output, use the settings of {resolved}, or pass --overwrite to start over."
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -248,20 +250,23 @@ def _settings_of_run(path: Path) -> dict[str, Any] | None:
     return tree if is_run else None
 
 
-def _differences(earlier: Any, now: Any, key: str = "") -> list[str]:
+def differences(
+    earlier: Any, now: Any, key: str = "", *, free: Collection[str] = FREE_ON_RESUME
+) -> list[str]:
+    """Where two trees of settings differ, in words; settings named in `free` may, at any depth."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         return [
             difference
             for name in {**earlier, **now}
-            if name not in FREE_ON_RESUME
-            for difference in _differences(
-                earlier.get(name), now.get(name), f"{key}.{name}" if key else name
+            if name not in free
+            for difference in differences(
+                earlier.get(name), now.get(name), f"{key}.{name}" if key else name, free=free
             )
         ]
     if isinstance(earlier, list) and isinstance(now, list) and len(earlier) == len(now):
         return [
             difference
             for index, pair in enumerate(zip(earlier, now, strict=True))
-            for difference in _differences(*pair, f"{key}.{index}")
+            for difference in differences(*pair, f"{key}.{index}", free=free)
         ]
     return [] if earlier == now else [f"{key}: {earlier!r} there, {now!r} now"]
