@@ -122,7 +122,7 @@ def test_rows_name_their_samples_in_micro_batches():
 def test_lanes_are_placed_as_the_batch_they_are_part_of(mesh: str, count: int):
     """A lane has its place in every micro-batch; a device may hold a part of it, or several."""
     micro = np.arange(2 * 8 * 3).reshape(2, 8, 3)
-    layout = Layout(make_mesh(mesh), FSDP_TENSOR, {})
+    layout = Layout(make_mesh(mesh), FSDP_TENSOR, {}, {})
     parts = np.split(micro, count, axis=1)
     lanes = {i: {"tokens": part.reshape(-1, 3)} for i, part in enumerate(parts)}
     placed = place_lanes(lanes, count, 2, layout)["tokens"]
@@ -133,6 +133,6 @@ def test_lanes_are_placed_as_the_batch_they_are_part_of(mesh: str, count: int):
 
 
 def test_one_process_holds_every_part_of_the_rows():
-    layout = Layout(make_mesh("4x2"), FSDP_TENSOR, {})
+    layout = Layout(make_mesh("4x2"), FSDP_TENSOR, {}, {})
     assert row_holders(layout.micro_batches(), 8, 4) == {jax.process_index(): (0, 1, 2, 3)}
     assert gather_bytes(b"alone") == [b"alone"]

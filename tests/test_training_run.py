@@ -152,6 +152,7 @@ def test_the_sample_order_is_of_the_seed_and_every_sample_is_seen(undisturbed, f
     assert len(set(first)) == 40
 
 
+@pytest.mark.slow  # one process goes on from two on another mesh by default (test_processes.py)
 def test_another_mesh_continues_with_the_same_losses(folder, tmp_path):
     """Saved on 8x1, continued on 2x4 and compared with a run that stays on 8x1."""
     checkpoint = {"every_steps": 2, "keep_latest": 100, "export_hf": False}

@@ -242,7 +242,8 @@ def with_batch(stage: StageConfig, shards: int, batch: int | None) -> StageConfi
         raise ConfigError(f"--batch {batch}: at least one row is needed.")
     micro = batch * shards
     accumulation = max(1, round(stage.data.rows / micro))
-    data = dataclasses.replace(stage.data, rows=micro * accumulation)
+    # A window or lanes chosen for the recipe's rows need not fit others; neither changes a step.
+    data = dataclasses.replace(stage.data, rows=micro * accumulation, window=None, lanes=1)
     return dataclasses.replace(stage, data=data, accumulation=accumulation)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,11 +73,7 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Number of parts a batch's rows are split into."""
-        sizes = [self.mesh.shape[axis] for axis in self.rules.activation["batch"]]
-        result = 1
-        for size in sizes:
-            result *= size
-        return result
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.activation["batch"])
 
     def micro_batches(self) -> NamedSharding:
         """Sharding of stacked micro-batches [G, B, ...]: rows over the batch axes."""
