@@ -7,6 +7,7 @@ input; norms run in f32.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,10 +119,16 @@ class Linear(nnx.Module):
 
 
 def _contract(x: jax.Array, weight: jax.Array, num_in: int) -> jax.Array:
-    """Contract the last `num_in` axes of both."""
-    contract_x = tuple(range(x.ndim - num_in, x.ndim))
-    contract_w = tuple(range(weight.ndim - num_in, weight.ndim))
-    return jax.lax.dot_general(x, weight, ((contract_x, contract_w), ((), ())))
+    """Contract the last `num_in` axes of both.
+
+    As a product with a matrix, which costs nothing: given three axes, XLA:CPU transposes a copy of the weight in
+    every call (2.6 ms of a projection of 1024 x 1024 that itself takes 0.2).
+    """
+    out_shape = weight.shape[: weight.ndim - num_in]
+    matrix = weight.reshape(math.prod(out_shape), -1)
+    flat = x.reshape(*x.shape[: x.ndim - num_in], matrix.shape[1])
+    y = jax.lax.dot_general(flat, matrix, (((flat.ndim - 1,), (1,)), ((), ())))
+    return y.reshape(*y.shape[:-1], *out_shape)
 
 
 def _vector_axis(axis: str | None) -> str | None:
