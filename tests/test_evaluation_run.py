@@ -70,10 +70,12 @@ def test_every_task_of_the_mini_corpus_is_answered_and_scored(whole):
     assert set(model["aggregates"]["corrected"]["tasks"]) == set(TASKS)
 
 
-def test_predictions_can_be_scored_again_by_themselves(whole, tmp_path):
+def test_predictions_can_be_scored_again_by_themselves(whole, tmp_path, capsys):
     folder = whole / "predictions" / "tiny"
     arguments = ["score", str(folder), "-o", str(tmp_path), "--bootstrap", "20"]
     assert main([*arguments, "--task-list", str(folder / "tasks.yaml")]) == 0
+    _, told = capsys.readouterr().out.split("other tasks")  # that LLaSO-Eval has not
+    assert [told.count(f" {task} ") for task in TASKS] == [2] * len(TASKS)  # in both protocols
     again = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     scores = json.loads((whole / "report" / "scores.json").read_text(encoding="utf-8"))
     again, scores = again["models"]["tiny"], scores["models"]["tiny"]

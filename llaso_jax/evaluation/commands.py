@@ -29,6 +29,7 @@ from llaso_jax.evaluation.scores_file import SCORES_FILE, scores_tree, write_jso
 from llaso_jax.evaluation.scoring import Judge, ModelScores, Settings, score_model
 from llaso_jax.evaluation.tables import (
     comparison_table,
+    further_table,
     pair_lines,
     paper_table,
     summary_table,
@@ -141,7 +142,10 @@ def _score(
         _tell(
             console, [f"{args.trained_on} names models that are not scored: {', '.join(unscored)}"]
         )
-    Console(soft_wrap=True).print(summary_table(scored, tasks, settings))
+    tables = Console(soft_wrap=True)
+    tables.print(summary_table(scored, tasks, settings))
+    if (further := further_table(scored, tasks, settings)) is not None:
+        tables.print(further)
     console.print(f"judge of free answers: {judge_line(described)}", markup=False)
     console.print(f"written to {output}", markup=False)
     return 0

@@ -123,6 +123,26 @@ def summary_table(scored: Sequence[ModelScores], tasks: TaskFiles, settings: Set
     return table
 
 
+def further_table(
+    scored: Sequence[ModelScores], tasks: TaskFiles, settings: Settings
+) -> Table | None:
+    """Scores on 0..1 of tasks that are not LLaSO-Eval's, and so in no mean; None if there are none."""
+    further = {spec.task for spec in tasks.values() if spec.further}
+    table = Table(title="other tasks, 0 (worst) to 1 (best)")
+    for title in ("model", "protocol", "task"):
+        table.add_column(title, overflow="fold")
+    for title in ("score", "95 % interval"):
+        table.add_column(title, justify="right")
+    for model in scored:
+        for protocol in settings.protocols:
+            for level, name, value, bounds in levels(model, protocol):
+                if level == "task" and name in further and value is not None:
+                    interval = "-" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+                    row = (model.name, PROTOCOL_NAMES[protocol], name, _shown(value), interval)
+                    table.add_row(*row)
+    return table if table.row_count else None
+
+
 def comparison_table(result: Comparison) -> Table:
     """Differences of every file, task and category."""
     table = Table(title=f"{result.b} minus {result.a} ({PROTOCOL_NAMES[result.protocol]} protocol)")
