@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
-from llaso_jax.errors import user_errors
+from llaso_jax.errors import EXIT_RESUME, user_errors
 
 if TYPE_CHECKING:
     from llaso_jax.ablation.grid import Point
@@ -36,7 +36,6 @@ EXAMPLES = """examples:
 """
 
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL, as `llaso train`: the same command continues
 SHARDING = "sharding"
 
 
@@ -176,7 +175,7 @@ def _run(
         console.print(
             f"[yellow]stopped[/] after {len(rows)} of {len(points)} points: the same command continues."
         )
-        return EXIT_INTERRUPTED
+        return EXIT_RESUME
     best = report.winner(outcomes)
     if best is None:
         console.print(f"\nNo point worked: {output}/logs has what each said.", highlight=False)

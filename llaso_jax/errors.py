@@ -67,6 +67,10 @@ class InterruptedRunError(LlasoError):
     """Training was asked to stop (Ctrl-C, SIGTERM) and has saved where it stood."""
 
 
+EXIT_RESUME = 75
+"""Exit code of a command that was interrupted and goes on when given again (EX_TEMPFAIL: a scheduler may do so)."""
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """What a command shows as a message, without a traceback: LlasoError, and what lies below this package raises.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
-from llaso_jax.errors import InterruptedRunError, user_errors
+from llaso_jax.errors import EXIT_RESUME, InterruptedRunError, user_errors
 
 if TYPE_CHECKING:
     from llaso_jax.training.run import RunResult
@@ -41,7 +41,6 @@ JAX ends a process when the first of them is lost
 """
 
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,12 +132,12 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         code = 0
     except InterruptedRunError as error:
         console.print(f"[yellow]stopped[/]: {error}", highlight=False)
-        code = EXIT_INTERRUPTED
+        code = EXIT_RESUME
     except KeyboardInterrupt:
         console.print(
             "[yellow]stopped[/]: run the same command again to continue from the last save."
         )
-        code = EXIT_INTERRUPTED
+        code = EXIT_RESUME
     except user_errors() as error:
         sys.stderr.write(f"llaso train: error: {error}\n")
         code = EXIT_ERROR

@@ -9,7 +9,14 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from llaso_jax.sharding.hlo import Operation, Program, array_bytes, operation_flops
+from llaso_jax.sharding.hlo import (
+    Operation,
+    Program,
+    array_bytes,
+    operation_flops,
+    results_of,
+    root_of,
+)
 
 _FREE = re.compile(
     r"parameter|constant|iota|partition-id|replica-id|after-all|optimization-barrier|tuple|get-tuple-element|"
@@ -79,16 +86,15 @@ def _moved(program: Program, computation: dict[str, Operation], operation: Opera
 
 
 def _fusion_moved(program: Program, computation: dict[str, Operation], fusion: Operation) -> int:
-    body = _body(program, fusion)
-    root = list(body.values())[-1]
-    if "AsyncCollectiveDone" in root.rest:
+    body = program.body(fusion)
+    if "AsyncCollectiveDone" in root_of(body).rest:
         return 0  # what arrived was counted where it started
     read = 0
     for index, name in enumerate(fusion.operands):
         held = sum(_sizes(computation[name]))
         if held:
             read += min(held, _read(program, body, _parameter(body, index)))
-    return read + _written(program, root, body, fusion)
+    return read + _written(program, body, fusion)
 
 
 def _read(program: Program, body: dict[str, Operation], value: Operation) -> int:
@@ -105,7 +111,7 @@ def _read(program: Program, body: dict[str, Operation], value: Operation) -> int
         elif user.opcode == "bitcast":
             total += _read(program, body, user)
         elif user.opcode == "fusion":
-            inner = _body(program, user)
+            inner = program.body(user)
             for index, name in enumerate(user.operands):
                 if name == value.name:
                     total += _read(program, inner, _parameter(inner, index))
@@ -114,10 +120,8 @@ def _read(program: Program, body: dict[str, Operation], value: Operation) -> int
     return min(total, _whole(value))
 
 
-def _written(
-    program: Program, root: Operation, body: dict[str, Operation], fusion: Operation
-) -> int:
-    parts = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+def _written(program: Program, body: dict[str, Operation], fusion: Operation) -> int:
+    parts = results_of(body)
     if len(parts) != len(fusion.spaces):
         return sum(_sizes(fusion))  # a kernel that gives several results at once
     return sum(
@@ -136,14 +140,8 @@ def _result(program: Program, value: Operation, body: dict[str, Operation]) -> i
     if value.opcode == "dynamic-update-slice":
         return _whole(body[value.operands[1]])
     if value.opcode == "fusion":
-        inner = _body(program, value)
-        return _written(program, list(inner.values())[-1], inner, value)
+        return _written(program, program.body(value), value)
     return _whole(value)
-
-
-def _body(program: Program, fusion: Operation) -> dict[str, Operation]:
-    (name, *_) = program.called(fusion)
-    return program.computations[name]
 
 
 def _parameter(body: dict[str, Operation], index: int) -> Operation:

@@ -113,6 +113,10 @@ class Program:
         """Computations that an operation runs."""
         return [name for name, _ in self._calls(operation) if name in self.computations]
 
+    def body(self, fusion: Operation) -> dict[str, Operation]:
+        """What a fusion runs."""
+        return self.computations[self.called(fusion)[0]]
+
     def _calls(self, operation: Operation) -> Iterator[tuple[str, int]]:
         """Computations an operation runs, and how often each time."""
         if operation.opcode in ("async-update", "async-done"):
@@ -174,6 +178,17 @@ def parse(text: str) -> Program:
     header = text.partition("\n")[0].partition("input_output_alias={")[2].partition(") }")[0]
     donated = frozenset(int(n or 0) for n in _DONATED.findall(header))
     return Program(computations, entry, donated)
+
+
+def root_of(operations: dict[str, Operation]) -> Operation:
+    """The operation of a computation that gives its result: the last."""
+    return next(reversed(operations.values()))
+
+
+def results_of(operations: dict[str, Operation]) -> list[Operation]:
+    """The operations that give the results of a computation, one by one where it gives a tuple."""
+    root = root_of(operations)
+    return [operations[name] for name in root.operands] if root.opcode == "tuple" else [root]
 
 
 def array_bytes(shape: Shape) -> int:

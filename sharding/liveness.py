@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from llaso_jax.sharding.hlo import Operation, Program, Shape, array_bytes
+from llaso_jax.sharding.hlo import Operation, Program, Shape, array_bytes, results_of, root_of
 
 _HBM = 0
 _HANDED_ON = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier", "while", "after-all")
@@ -75,7 +75,7 @@ class _Walk:
           Where its results lie, held once for the caller.
         """
         operations = self.program.computations[name]
-        root = list(operations.values())[-1]
+        root = root_of(operations)
         places = _destinations(operations, root, results)
         uses = Counter(n for op in operations.values() for n in op.operands)
         values: dict[str, _Leaves] = {}
@@ -174,14 +174,13 @@ class _Walk:
             return {0: given[0][0]}
         if operation.opcode != "fusion":
             return {}
-        (name, *_) = self.program.called(operation)
-        body = self.program.computations[name]
-        root = list(body.values())[-1]
+        body = self.program.body(operation)
+        root = root_of(body)
         if "AsyncCollectiveStart" in root.rest:
             return {0: given[0][0]}
         if "AsyncCollectiveDone" in root.rest:
             return {0: given[1][0]}
-        parts = [body[n] for n in root.operands] if root.opcode == "tuple" else [root]
+        parts = results_of(body)
         if len(parts) != len(operation.shapes):
             return {}
         shared = {}

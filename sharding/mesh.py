@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llaso_jax.sharding.rules import ShardingError
 
@@ -91,6 +91,16 @@ def parse_shape(text: str) -> MeshShape:
             f"mesh {text!r} has an axis of size 0; every axis needs at least 1 device."
         )
     return MeshShape(inside, slices)
+
+
+def abstract_mesh(text: str) -> AbstractMesh:
+    """The mesh that `text` names without its devices: enough for shardings of shapes.
+
+    Raises:
+      ShardingError: see `parse_shape`.
+    """
+    sizes = parse_mesh(text)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
 def provide_cpu_devices(count: int) -> None:

@@ -1,7 +1,7 @@
 """Where every parameter lies: shape, layout, bytes on each device, and what is there more than once."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jax.sharding import NamedSharding
@@ -56,6 +56,19 @@ def replicated_share(rows: Iterable[ShardRow]) -> float:
     return 1 - unique / held if held else 0.0
 
 
+def aligned(rows: Sequence[Sequence[str]], *, right_from: int | None = None) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cell; those from `right_from` on end at one place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(widths) if right_from is None else right_from
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 def shard_table(rows: Iterable[ShardRow], totals: Mapping[str, int]) -> str:
     """Text with one line per parameter and one per total (a name and bytes per device), aligned."""
     rows = list(rows)
@@ -71,15 +84,7 @@ def shard_table(rows: Iterable[ShardRow], totals: Mapping[str, int]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column >= 4 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    lines.append("")
+    lines = [*aligned(cells, right_from=4), ""]
     lines += [f"{name}: {value:,} bytes per device" for name, value in totals.items()]
     lines.append(
         f"held more than once: {replicated_share(rows):.2%} of all devices' parameter bytes"

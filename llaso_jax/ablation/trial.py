@@ -115,15 +115,11 @@ def run_trial(spec: TrialSpec) -> Measured:
         tempfile.TemporaryDirectory() as folder,
         MetricsWriter(Path(folder), tensorboard=False) as metrics,
     ):
-        place = Workplace(
+        place = Workplace.of(
+            cfg,
             model=model,
             layout=layout,
             tokenizer=tokenizer,
-            prompt=cfg.prompt,
-            precision=cfg.precision,
-            checkpoint=cfg.checkpoint,
-            logging=cfg.logging,
-            seed=cfg.seed,
             output=Path(folder),
             metrics=metrics,
             console=Console(quiet=True),

@@ -12,11 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from llaso_jax.config import PrecisionConfig, StageConfig
-from llaso_jax.data.config import DataConfig
-from llaso_jax.modeling.compute import ComputeConfig, RematPolicy
+from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.functional import (
     abstract_params,
     bind,
@@ -27,7 +25,8 @@ from llaso_jax.modeling.functional import (
 )
 from llaso_jax.modeling.kernels.cross_entropy.chunked import CHUNK
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
-from llaso_jax.sharding.mesh import MESH_AXES
+from llaso_jax.sharding.mesh import abstract_mesh
+from llaso_jax.training.abstract import abstract_row
 from llaso_jax.training.optimizer import ParameterRule, learning_rate_scales
 
 MOMENTS = 2  # of AdamW, f32 as the weights they belong to
@@ -104,8 +103,7 @@ def _stored_bytes(
     """Bytes of the frozen and of the trained parameters on each of `devices`."""
     infos = abstract_params(model)
     scales = learning_rate_scales(infos, rules)
-    sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": devices}
-    shardings = param_shardings(model, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    shardings = param_shardings(model, abstract_mesh(f"{devices}x1"))
     trained = held = 0
     for path, info in infos.items():
         count = math.prod(shardings[path].shard_shape(info.shape))
@@ -139,7 +137,11 @@ def _saved_bytes(
 
         return jax.vjp(loss, trainable)[1]
 
-    residuals = jax.eval_shape(backward, trainable, rest, _row(model, stage.data))
+    row = {
+        name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+        for name, leaf in abstract_row(model, stage.data).items()
+    }
+    residuals = jax.eval_shape(backward, trainable, rest, row)
     weights = {tuple(sorted(info.shape)) for info in infos.values()}
     return sum(
         leaf.size * leaf.dtype.itemsize
@@ -155,20 +157,6 @@ def _gathered_bytes(model: SpeechLMConfig, compute: ComputeConfig) -> int:
         info.size for path, info in abstract_params(model).items() if path.startswith(layers)
     )
     return count * compute.jnp_dtype.itemsize
-
-
-def _row(model: SpeechLMConfig, data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    s, c, a = data.sequence_length, data.chunks_per_row, data.answers_per_row
-    shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(("tokens", "audio_slot", "positions", "segment_ids"), (s,)),
-        "mel": (c, model.audio.num_mel_bins, data.mel_buckets[-1]),
-        "mel_frames": (c,),
-        **dict.fromkeys(("answer_index", "answer_token"), (a,)),
-    }
-    return {
-        name: jax.ShapeDtypeStruct((1, *shape), jnp.float32 if name == "mel" else jnp.int32)
-        for name, shape in shapes.items()
-    }
 
 
 def _working_bytes(
@@ -190,8 +178,3 @@ def _working_bytes(
     inside = 3 * text.intermediate_size + 4 * text.hidden_size
     weights = 2 * 3 * text.hidden_size * text.intermediate_size
     return max(loss, (positions * inside + weights) * item)
-
-
-def with_remat(precision: PrecisionConfig, remat: RematPolicy) -> PrecisionConfig:
-    """`precision` with another rematerialization policy."""
-    return dataclasses.replace(precision, remat=remat)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from llaso_jax.config import RunConfig
 from llaso_jax.modeling.compute import RematPolicy
 from llaso_jax.modeling.lora import LoraRule
-from llaso_jax.planning.estimate import Estimate, estimate, with_remat
+from llaso_jax.planning.estimate import Estimate, estimate
 from llaso_jax.planning.hardware import GIB
 from llaso_jax.planning.recipe import planned_model
 from llaso_jax.planning.search import USABLE
+from llaso_jax.sharding.report import aligned
 from llaso_jax.sharding.rules import ShardingError
 from llaso_jax.training.optimizer import ParameterRule
 
@@ -52,7 +53,7 @@ def fits(recipe: RunConfig, hbm_gib: float, *, devices: int = 1) -> Iterator[Fit
         model, _ = planned_model(variant)
         for stage in variant.stages:
             for remat in POLICIES:
-                precision = with_remat(variant.precision, remat)
+                precision = dataclasses.replace(variant.precision, remat=remat)
                 memory = functools.partial(estimate, model, stage, precision)
                 rows, least = _limits(memory, USABLE * hbm_gib * GIB, devices)
                 yield Fit(
@@ -106,16 +107,11 @@ def fit_text(found: Sequence[Fit], hbm_gib: float, devices: int) -> str:
                 note,
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     head = (
         f"{devices} device(s) of {hbm_gib:g} GiB, filled to {USABLE:.0%}; rows and positions are those of a device at "
         f"a time, estimated without a compiler\n\n"
     )
-    return head + "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        + "\n"
-        for line in lines
-    )
+    return head + "".join(f"{line}\n" for line in aligned(lines))
 
 
 def _variants(recipe: RunConfig) -> Iterator[tuple[RunConfig, str]]:

@@ -1,5 +1,6 @@
 """Who owns a device's memory when a training step needs most of it."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,13 +75,9 @@ def argument_bytes(step: AbstractStep) -> dict[str, int]:
 
 def device_bytes(leaves: Iterable[Any]) -> int:
     """Bytes of the shards that one device holds of abstract arrays."""
-    total = 0
-    for leaf in leaves:
-        size = leaf.dtype.itemsize
-        for length in leaf.sharding.shard_shape(leaf.shape):
-            size *= length
-        total += size
-    return total
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves
+    )
 
 
 def _forms(path: str, leaf: Any) -> set[tuple[int, ...]]:

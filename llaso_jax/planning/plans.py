@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jax.sharding import AbstractMesh
-
 from llaso_jax.config import RunConfig
 from llaso_jax.errors import ConfigError
 from llaso_jax.modeling.functional import param_shardings
 from llaso_jax.planning.recipe import planned_model, planned_stage
-from llaso_jax.sharding.mesh import parse_mesh
+from llaso_jax.sharding.mesh import abstract_mesh
 from llaso_jax.sharding.rules import ShardingError
 from llaso_jax.sharding.strategies import Plan, plans
 from llaso_jax.training.fit import check_stage
@@ -51,7 +49,7 @@ def check_plan(recipe: RunConfig, mesh: str, *, stage: int = 0) -> None:
       ConfigError: no such stage, rules that do not fit the model, or rows and chunks that do not split.
       ShardingError: a mesh that is not understood, or parameters, sequences or heads that do not split over it.
     """
-    sizes, rules = parse_mesh(mesh), recipe.sharding.rules()
+    devices, rules = abstract_mesh(mesh), recipe.sharding.rules()
     model, _ = planned_model(recipe)
-    param_shardings(model, AbstractMesh(tuple(sizes.values()), tuple(sizes)), rules)
-    check_stage(model, planned_stage(recipe, stage), rules, sizes)
+    param_shardings(model, devices, rules)
+    check_stage(model, planned_stage(recipe, stage), rules, devices.shape)

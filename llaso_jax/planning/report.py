@@ -10,6 +10,7 @@ from typing import Any
 
 from llaso_jax.planning.hardware import GIB
 from llaso_jax.planning.plan import Plan
+from llaso_jax.sharding.report import aligned
 
 Refusals = Mapping[str, str]
 """Why meshes were not possible."""
@@ -60,12 +61,7 @@ def comparison_text(plans: Sequence[Plan], refusals: Refusals) -> str:
     """One line for each mesh, the fastest first; then those that were not possible, and why."""
     header = ("mesh", "rows", "GiB", "of HBM", "MFU <=", "bound by", "samples/s", "compiled, s")
     rows = [header, *(_row(plan) for plan in plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines += [f"{mesh}: {reason}" for mesh, reason in refusals.items()]
+    lines = aligned(rows) + [f"{mesh}: {reason}" for mesh, reason in refusals.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,12 +1,11 @@
 """The parameters of a recipe on a mesh that need not be there."""
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from llaso_jax.config import RunConfig
 from llaso_jax.modeling.functional import abstract_params, param_shardings
 from llaso_jax.planning.recipe import planned_model, planned_stage
-from llaso_jax.sharding.mesh import parse_mesh
+from llaso_jax.sharding.mesh import abstract_mesh
 from llaso_jax.sharding.report import shard_row, shard_table
 from llaso_jax.training.optimizer import learning_rate_scales
 
@@ -26,8 +25,7 @@ def recipe_shards(recipe: RunConfig, mesh: str, *, stage: int = 0) -> str:
         parameter does not split.
       ConfigError: no such stage, or rules that do not fit the model.
     """
-    sizes = parse_mesh(mesh)
-    abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    abstract = abstract_mesh(mesh)
     model, source = planned_model(recipe)
     chosen = planned_stage(recipe, stage)
     infos = abstract_params(model)

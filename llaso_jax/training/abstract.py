@@ -111,9 +111,17 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch contract [G, B, ...] at the sizes of `data`, with the longest audio a chunk may have."""
     rows, micro = data.rows // accumulation, layout.micro_batches()
+    return {
+        name: jax.ShapeDtypeStruct((accumulation, rows, *row.shape), row.dtype, sharding=micro)
+        for name, row in abstract_row(model, data).items()
+    }
+
+
+def abstract_row(model: SpeechLMConfig, data: DataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """One row of the batch contract, at the sizes of `abstract_batch`."""
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((accumulation, rows, *shape), dtype, sharding=micro)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     s, c, a = data.sequence_length, data.chunks_per_row, data.answers_per_row
     return {

@@ -106,7 +106,7 @@ def start_processes(
       ConfigError: the processes do not find each other, or `devices` do not divide among them.
     """
     count = options.processes or announced_processes(os.environ)
-    if options.alone or (count or 0) == 1 or (count is None and not _may_be_tpu_pod()):
+    if count == 1 or (count is None and not _may_be_tpu_pod()):
         return contextlib.nullcontext()
     if count is not None:
         if devices % count:

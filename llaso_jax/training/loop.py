@@ -16,6 +16,7 @@ from llaso_jax.config import (
     CheckpointConfig,
     LoggingConfig,
     PrecisionConfig,
+    RunConfig,
     StageConfig,
 )
 from llaso_jax.data.batch import PipelineStats
@@ -61,6 +62,33 @@ class Workplace:
     output: Path
     metrics: MetricsWriter
     console: Console
+
+    @classmethod
+    def of(
+        cls,
+        cfg: RunConfig,
+        *,
+        model: SpeechLMConfig,
+        layout: Layout,
+        tokenizer: Any,
+        output: Path,
+        metrics: MetricsWriter,
+        console: Console,
+    ) -> "Workplace":
+        """What the recipe `cfg` says, and where it is run."""
+        return cls(
+            model=model,
+            layout=layout,
+            tokenizer=tokenizer,
+            prompt=cfg.prompt,
+            precision=cfg.precision,
+            checkpoint=cfg.checkpoint,
+            logging=cfg.logging,
+            seed=cfg.seed,
+            output=output,
+            metrics=metrics,
+            console=console,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 
-from llaso_jax.errors import InterruptedRunError
+from llaso_jax.errors import EXIT_RESUME, InterruptedRunError
 
 logger = logging.getLogger(__name__)
 
-EXIT_RESUME = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 _KEYS = "llaso/peers/"
 _RESUME = "Start the same command again, in all processes, to continue from the last save."
 

@@ -113,15 +113,11 @@ def train(
     with MetricsWriter(
         output if first_process else None, tensorboard=cfg.logging.tensorboard
     ) as metrics:
-        place = Workplace(
+        place = Workplace.of(
+            cfg,
             model=model,
             layout=layout,
             tokenizer=tokenizer,
-            prompt=cfg.prompt,
-            precision=cfg.precision,
-            checkpoint=cfg.checkpoint,
-            logging=cfg.logging,
-            seed=cfg.seed,
             output=output,
             metrics=metrics,
             console=console,

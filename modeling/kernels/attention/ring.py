@@ -11,7 +11,6 @@ of equal halves one is seen entirely and the other not at all. So no round needs
 one device than on another. Other rows are taken whole in each round; causal ones then cost twice as much.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from llaso_jax.modeling.kernels.attention.partial import Keys, Partial, Queries
-from llaso_jax.modeling.kernels.attention.residuals import named
+from llaso_jax.modeling.kernels.attention.residuals import differentiable, named
 from llaso_jax.sharding.context import AXIS, pass_on
 
 
@@ -37,14 +36,14 @@ def ring_attention(ring: Ring) -> Callable[..., jax.Array]:
 
     It takes q [B, S/ranks, N, H], k and v [B, T/ranks, K, H], and the segment ids of these parts, or None twice.
     """
-    return functools.partial(_attention, ring)
+
+    def attend(q, k, v, q_ids, kv_ids) -> jax.Array:
+        return _attention(q, k, v, q_ids, kv_ids, ring)
+
+    return attend
 
 
-def _value(ring: Ring, q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any) -> jax.Array:
-    return _forward(ring, q, k, v, q_ids, kv_ids)[0]
-
-
-def _forward(ring: Ring, q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any):
+def _forward(q: Any, k: Any, v: Any, q_ids: Any, kv_ids: Any, ring: Ring):
     queries, own = Queries(q, q_ids), Keys(k, v, kv_ids)
     coming = pass_on(own, ring.ranks)
     out, lse = ring.partial.forward(queries, own, causal=ring.causal)
@@ -96,11 +95,10 @@ def _backward(ring: Ring, saved: tuple[Queries, Keys], d_out: jax.Array):
     d_k, d_v = pass_on(d_kv, ring.ranks)
     d_q, *d_kv = meet(d_q, d_k, d_v, keys, ring.ranks - 1)
     d_k, d_v = pass_on(d_kv, ring.ranks)  # home
-    return d_q.astype(queries.q.dtype), d_k.astype(own.k.dtype), d_v.astype(own.v.dtype), None, None
+    return d_q.astype(queries.q.dtype), d_k.astype(own.k.dtype), d_v.astype(own.v.dtype)
 
 
-_attention = jax.custom_vjp(_value, nondiff_argnums=(0,))
-_attention.defvjp(_forward, _backward)
+_attention = differentiable(_forward, _backward)
 
 
 class Visit(NamedTuple):
