@@ -8,13 +8,15 @@ and Whisper folders, if DIR has none yet. Then, each in a process of its own and
   mapped         from_pretrained of the Llama and the Whisper folder with torch: views of the mapped files, whose
                  pages are touched
   transformers   the same, every weight then copied to memory of its own, as training and devices need it
+  resaved        the same two models loaded and written again by torch (`save_pretrained`): what import and export
+                 do, reading and writing, beside
   load           the LLaSO folder onto one device (`load_params`): as many copies as transformers makes
   shards         the same onto the devices of the mesh: every row of a matrix goes to several arrays
   import         the LLaSO folder into a model folder (`llaso convert from-hf`)
   export         that model folder into a LLaSO folder (`llaso convert to-hf`)
 
 At the end the exported files are compared with the first ones, byte by byte. Memory is the peak of resident memory
-above what the process held once its libraries were imported. DIR needs four times the checkpoint's size.
+above what the process held once its libraries were imported. DIR needs five times the checkpoint's size.
 Warm: all other files are dropped from the page cache and the task's own are read just before it; cold: those too are
 dropped (as far as the kernel can).
 """
@@ -36,6 +38,7 @@ SIZES = ("base", "tiny")
 SOURCES_OF = {
     "mapped": ("llama", "whisper"),
     "transformers": ("llama", "whisper"),
+    "resaved": ("llama", "whisper"),
     "load": ("llaso",),
     "shards": ("llaso",),
     "import": ("llaso",),
@@ -121,6 +124,7 @@ def run_task(args: argparse.Namespace) -> dict[str, float]:
         "make": make_checkpoint,
         "mapped": load_with_transformers,
         "transformers": load_with_transformers,
+        "resaved": save_with_transformers,
         "load": functools.partial(load_onto_devices, "1x1"),
         "shards": functools.partial(load_onto_devices, args.mesh),
         "import": import_to_orbax,
@@ -231,6 +235,22 @@ def load_with_transformers(args: argparse.Namespace) -> Callable[[], None]:
                     parameter.data.flatten()[::2048].float().sum()
 
     return load
+
+
+def save_with_transformers(args: argparse.Namespace) -> Callable[[], None]:
+    """The Llama and the Whisper folder loaded and written as such folders again."""
+    import torch
+    from transformers import LlamaForCausalLM, WhisperModel
+
+    target = args.work / "resaved"
+    shutil.rmtree(target, ignore_errors=True)
+
+    def save() -> None:
+        for name, kind in (("llama", LlamaForCausalLM), ("whisper", WhisperModel)):
+            model = kind.from_pretrained(args.work / name, dtype=torch.bfloat16)
+            model.save_pretrained(target / name)
+
+    return save
 
 
 def load_onto_devices(mesh_text: str, args: argparse.Namespace) -> Callable[[], None]:

@@ -159,8 +159,9 @@ class _StreamingHandler(ocp.type_handlers.ArrayHandler):
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
             pending: list[ts.WriteFutures] = []
             for box, block in _blocks(value):
-                # Two blocks under way: one is written while the next is read.
-                while len(pending) > 1:
+                # Four blocks under way, as TensorStore syncs what it wrote (7.7 GB: 19 s with two, 14 with
+                # four, 15 with seven).
+                while len(pending) > 3:
                     await pending.pop(0)
                 pending.append(store[box].write(block, can_reference_source_data_indefinitely=True))
             for write in pending:
