@@ -22,7 +22,7 @@ examples:
     llaso evaluate run --checkpoint models/llaso-base --data LLaSO-Eval/ --output evaluation/ --mesh 8x1
   how much of its scores is left in noise, faster, or asked in other words
     llaso evaluate run --checkpoint models/llaso-base --data LLaSO-Eval/ --output evaluation/ --mesh 8x1 \\
-        --perturb noise:snr=0,10,20 speed:0.8,1.2 codec:mp3-16k gain:-20 reword:3
+        --perturb noise:snr=0,10,20 speed:0.8,1.2 codec:mp3-16k gain:-20 reword:3 swap:1
   are two models different, task by task, on the same items
     llaso evaluate compare predictions/LLaSO-Base predictions/Qwen2-Audio --output comparison/
   which numbers of the paper do the published predictions give
@@ -242,7 +242,7 @@ def _add_run(commands, raw) -> None:
         default=[],
         metavar="KIND:LEVELS",
         help="ask the same items again with noise:snr=-10,0,10 speed:0.8,1.2 codec:mp3-16k gain:-20, or in "
-        "other words (reword:3)",
+        "other words (reword:3), or with the audio of another item (swap:1)",
     )
     run.add_argument(
         "--noise-files",
@@ -273,7 +273,7 @@ def _add_run(commands, raw) -> None:
         "--seed",
         type=_at_least(0),
         default=0,
-        help="of sampling, noise and rewording (%(default)s)",
+        help="of sampling, noise, rewording and swapping (%(default)s)",
     )
     run.add_argument(
         "--dtype",

@@ -1,5 +1,6 @@
 """Perturbed items: what is done to audio and instruction, and the curves of a tiny model."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -22,7 +23,7 @@ from llaso_jax.evaluation.answering.perturbation import (
     through_mp3,
     with_noise,
 )
-from llaso_jax.evaluation.answering.questions import load_questions
+from llaso_jax.evaluation.answering.questions import QuestionFile, load_questions
 from llaso_jax.evaluation.comparison import Comparison, Difference, FileComparison
 from llaso_jax.evaluation.report.robustness_section import robustness_section
 from llaso_jax.evaluation.robustness import robustness_tree, spread
@@ -45,10 +46,11 @@ def loudest(samples: np.ndarray) -> float:
 
 def test_every_level_is_a_perturbation():
     found = parse_perturbations(
-        ["noise:snr=-10,5", "speed:0.8", "codec:mp3-16k", "gain:-20", "reword:2"]
+        ["noise:snr=-10,5", "speed:0.8", "codec:mp3-16k", "gain:-20", "reword:2", "swap:1"]
     )
     assert [one.name for one in found] == [
-        *("noise=-10", "noise=5", "speed=0.8", "codec=16", "gain=-20", "reword=1", "reword=2")
+        *("noise=-10", "noise=5", "speed=0.8", "codec=16", "gain=-20", "reword=1", "reword=2"),
+        "swap=1",
     ]
 
 
@@ -65,6 +67,7 @@ def test_every_level_is_a_perturbation():
         ("reword:inf", "levels of reword"),
         ("reword:1e9", "levels of reword"),
         ("reword:2.7", "reword takes one whole number"),
+        ("swap:1,2", "swap takes one whole number"),
     ],
 )
 def test_a_mistaken_perturbation_is_told_in_words(word, told):
@@ -150,6 +153,31 @@ def test_questions_that_are_their_own_instruction_are_not_reworded(tmp_path):
     assert not Perturber(Perturbation("reword", 1.0)).applies(file)
 
 
+def test_every_item_gets_the_audio_of_another_and_levels_are_different_others(commands):
+    heard = []
+    for level in (1.0, 2.0):
+        read = []
+        perturber = Perturber(Perturbation("swap", level), read=lambda path: read.append(path))  # noqa: B023
+        assert perturber.applies(commands)
+        for number in range(len(commands)):
+            turns, _ = perturber(commands, number, commands[number].turns[:1], [])
+            assert turns == commands[number].turns[:1]
+        heard.append(read)
+    own = [commands[number].voices[0] for number in range(len(commands))]
+    assert sorted(heard[0]) == sorted(heard[1]) == sorted(own)
+    for voices in zip(own, *heard, strict=True):
+        assert len(set(voices)) == 3
+
+
+def test_items_that_no_other_has_as_many_recordings_as_are_not_swapped(commands, monkeypatch):
+    assert not Perturber(Perturbation("swap", float(len(commands)))).applies(commands)
+    pair = dataclasses.replace(commands[0], voices=commands[0].voices * 2)
+    monkeypatch.setattr(
+        QuestionFile, "__getitem__", lambda file, n: pair if n == 0 else file.source[file.rows[n]]
+    )
+    assert not Perturber(Perturbation("swap", 1.0)).applies(commands)
+
+
 def test_spread_is_over_all_instructions():
     assert spread([{"change": -0.2}, {"change": 0.2}]) == pytest.approx(0.4)
     assert spread([{"change": 0.1}]) == pytest.approx(0.1)  # the item's own instruction is one
@@ -188,19 +216,19 @@ def test_every_level_has_the_clean_score_of_its_own_files():
     assert "0.500 / 0.900" in page
     cleans = re.findall(r'class="clean" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', page)
     assert len(set(cleans)) == 2
-    assert "not asked: too few instructions" in page
+    assert "not asked: too few items that share" in page
 
 
 def test_a_run_reports_curves_of_the_same_items(checkpoint, tmp_path):  # noqa: F811
     where = ["--checkpoint", str(checkpoint), "--data", str(MINI / "eval.json"), "--name", "tiny"]
     arguments = ["run", *where, "-o", str(tmp_path), "--tasks", "SCR", "AQA", "--limit", "12"]
     arguments += ["--max-new-tokens", "3", "--bootstrap", "20", "--batch-size", "12"]
-    assert main([*arguments, "--perturb", "gain:-20", "noise:snr=0,-10", "reword:1"]) == 0
+    assert main([*arguments, "--perturb", "gain:-20", "noise:snr=0,-10", "reword:1", "swap:1"]) == 0
     scores = json.loads((tmp_path / "report" / "scores.json").read_text(encoding="utf-8"))
     curves = scores["robustness"]["curves"]
     assert set(curves) == {"SCR", "AQA"}
-    assert set(curves["SCR"]) == {"gain", "noise", "reword"}
-    assert set(curves["AQA"]) == {"gain", "noise"}
+    assert set(curves["SCR"]) == {"gain", "noise", "reword", "swap"}
+    assert set(curves["AQA"]) == {"gain", "noise", "swap"}
     assert list(scores["robustness"]["left_out"]["reword=1"]) == ["eval_AQA"]
     assert [point["level"] for point in curves["SCR"]["noise"]] == [-10, 0]
     for point in curves["SCR"]["noise"]:

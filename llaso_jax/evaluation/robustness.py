@@ -6,7 +6,7 @@ from typing import Any
 from llaso_jax.evaluation.comparison import Comparison, Difference
 from llaso_jax.evaluation.tasks import TaskFiles
 
-NOT_ASKED = "not asked: too few instructions that its items share"
+NOT_ASKED = "not asked: too few items that share an instruction or a number of recordings"
 
 
 def robustness_tree(

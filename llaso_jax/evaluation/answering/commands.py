@@ -1,6 +1,7 @@
 """`llaso evaluate run`: from a checkpoint and questions to predictions."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from llaso_jax.data.audio import load_audio
 from llaso_jax.errors import ConfigError
 from llaso_jax.evaluation.answering.answers import Answering, answer_file
 from llaso_jax.evaluation.answering.identity import file_identity, folder_identity
@@ -54,8 +56,11 @@ def plan(args: argparse.Namespace) -> Plan:
             f"the model's name names a folder: {error}. Give another --name."
         ) from error
     noise = _recordings(args.noise_files)
+    read = functools.partial(
+        load_audio, max_seconds=args.max_audio_seconds, policy=args.audio_policy
+    )
     perturbers = {
-        one.name: Perturber(one, seed=args.seed, noise_files=noise)
+        one.name: Perturber(one, seed=args.seed, noise_files=noise, read=read)
         for one in parse_perturbations(args.perturb)
     }
     files = load_questions(

@@ -1,8 +1,9 @@
-"""Items asked again with noise, at another speed or level, through a codec, or in other words."""
+"""Items asked again with noise, at another speed or level, through a codec, in other words, or with other audio."""
 
 import io
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,8 +18,9 @@ from llaso_jax.errors import ConfigError, DataError
 from llaso_jax.evaluation.answering.questions import QuestionFile
 from llaso_jax.modeling.frames import SAMPLE_RATE
 
-Kind = Literal["noise", "speed", "codec", "gain", "reword"]
-FORMS = "noise:snr=-10,0,10 speed:0.8,1.2 codec:mp3-16k gain:-20 reword:3"
+Kind = Literal["noise", "speed", "codec", "gain", "reword", "swap"]
+FORMS = "noise:snr=-10,0,10 speed:0.8,1.2 codec:mp3-16k gain:-20 reword:3 swap:1"
+COUNTED = ("reword", "swap")  # their levels are 1 to the number given
 # Constant bit rates of 16 kHz MP3 in kbit/s; libsndfile's compression level runs over them linearly.
 HIGHEST_BITRATE, LOWEST_BITRATE = 160, 8
 
@@ -29,7 +31,8 @@ class Perturbation:
 
     Attributes:
       kind: noise (level: dB of signal over noise), speed (times as fast, pitch changes too), codec
-        (level: kbit/s of MP3), gain (dB) or reword (level: which of the other instructions, from 1).
+        (level: kbit/s of MP3), gain (dB), reword (level: which of the other instructions, from 1) or swap
+        (the audio of another item, level: which, from 1): what a model says that does not listen.
     """
 
     kind: Kind
@@ -65,14 +68,15 @@ def _parse(word: str) -> list[Perturbation]:
             raise ConfigError(
                 f"--perturb {word!r}: {level!r} is no number; forms are {FORMS}."
             ) from None
-    allowed = {"speed": (0.25, 4.0), "codec": (LOWEST_BITRATE, HIGHEST_BITRATE), "reword": (1, 100)}
+    allowed = {"speed": (0.25, 4.0), "codec": (LOWEST_BITRATE, HIGHEST_BITRATE)}
+    allowed |= dict.fromkeys(COUNTED, (1, 100))
     low, high = allowed.get(kind, (-120, 120))
     if not all(low <= number <= high for number in numbers):  # NaN is in no range
         raise ConfigError(f"--perturb {word!r}: levels of {kind} are {low:g} to {high:g}.")
-    if kind == "reword":
+    if kind in COUNTED:
         if len(numbers) > 1 or not numbers[0].is_integer():
             raise ConfigError(
-                f"--perturb {word!r}: reword takes one whole number, of other instructions for each item."
+                f"--perturb {word!r}: {kind} takes one whole number, of times that each item is asked so."
             )
         numbers = [float(number) for number in range(1, int(numbers[0]) + 1)]
     return [Perturbation(kind, number) for number in numbers]  # type: ignore[arg-type]
@@ -82,24 +86,38 @@ class Perturber:
     """Applies one perturbation; the same item is changed the same way in every run.
 
     Args:
-      seed: of noise and of the choice of instructions.
+      seed: of noise, and of the choice of instructions and of other items.
       noise_files: recordings to take noise from; () for white noise.
+      read: loads the audio of other items, as that of the item itself is loaded.
     """
 
     def __init__(
-        self, perturbation: Perturbation, *, seed: int = 0, noise_files: Sequence[Path] = ()
+        self,
+        perturbation: Perturbation,
+        *,
+        seed: int = 0,
+        noise_files: Sequence[Path] = (),
+        read: Callable[[Path], LoadedAudio] = load_audio,
     ) -> None:
         self._perturbation = perturbation
         self._seed = seed
         self._noise_files = sorted(noise_files)
+        self._read = read
         self._instructions: dict[str, list[str]] = {}
+        self._others: dict[str, dict[int, int]] = {}
 
     def applies(self, file: QuestionFile) -> bool:
-        """Whether a file can be asked this way: rewording needs instructions that items share."""
-        return (
-            self._perturbation.kind != "reword"
-            or len(self._shared(file)) > self._perturbation.level
-        )
+        """Whether a file can be asked this way.
+
+        Rewording needs instructions that items share, and swapping items with as many recordings.
+        """
+        match self._perturbation.kind:
+            case "reword":
+                return len(self._shared(file)) > self._perturbation.level
+            case "swap":
+                return len(self._swapped(file)) == len(file)
+            case _:
+                return True
 
     def __call__(
         self, file: QuestionFile, number: int, turns: Sequence[Turn], audios: Sequence[LoadedAudio]
@@ -109,6 +127,9 @@ class Perturber:
         key = [self._seed, zlib.crc32(identity.encode())]
         if self._perturbation.kind == "reword":
             return (self._reworded(file, turns[0], key), *turns[1:]), list(audios)
+        if self._perturbation.kind == "swap":
+            other = file[self._swapped(file)[number]]
+            return tuple(turns), [self._read(Path(voice)) for voice in other.voices]
         rng = np.random.default_rng(key)
         return tuple(turns), [self._changed(audio, rng) for audio in audios]
 
@@ -119,6 +140,26 @@ class Perturber:
             shared = len(asked) <= len(file) / 2 and file.spec.task != "AQA"
             self._instructions[file.spec.file] = sorted(asked) if shared else []
         return self._instructions[file.spec.file]
+
+    def _swapped(self, file: QuestionFile) -> dict[int, int]:
+        """For each item of a file another one, with as many recordings; without items that have too few such others.
+
+        Items stand in one random circle and look `level` places ahead: levels are different others.
+        """
+        name, ahead = file.spec.file, int(self._perturbation.level)
+        if name not in self._others:
+            alike: dict[int, list[int]] = defaultdict(list)
+            for number in range(len(file)):
+                alike[len(file[number].voices)].append(number)
+            rng = np.random.default_rng([self._seed, zlib.crc32(f"{name} swap".encode())])
+            self._others[name] = {}
+            for numbers in alike.values():
+                circle = rng.permutation(numbers).tolist()
+                if len(circle) > ahead:
+                    self._others[name] |= dict(
+                        zip(circle, circle[ahead:] + circle[:ahead], strict=True)
+                    )
+        return self._others[name]
 
     def _reworded(self, file: QuestionFile, turn: Turn, key: list[int]) -> Turn:
         others = [text for text in self._shared(file) if text != turn.text]

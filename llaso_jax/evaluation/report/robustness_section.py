@@ -14,6 +14,7 @@ AXES = {
     "codec": "MP3, kbit/s",
     "gain": "gain, dB",
     "reword": "another instruction",
+    "swap": "the audio of another item",
 }
 
 
