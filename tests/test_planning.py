@@ -31,6 +31,7 @@ from llaso_jax.planning.search import largest_batch, meshes_of, plan_meshes
 from llaso_jax.planning.topology import topology_devices
 from llaso_jax.sharding.costs import Cost
 from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.sharding.rules import ShardingError
 from llaso_jax.training.abstract import AbstractStep, abstract_step
 from llaso_jax.training.state import Layout
 
@@ -44,9 +45,9 @@ KEYS = {
 }
 
 
-def small(**changes) -> RunConfig:
+def small(*, rows: int = 8, **changes) -> RunConfig:
     """A recipe whose stage trains projector and decoder; no file of it is read."""
-    stage = {"parameters": list(PROJECTOR_AND_DECODER), "data": {"rows": 8}}
+    stage = {"parameters": list(PROJECTOR_AND_DECODER), "data": {"rows": rows}}
     return config(recipe(Path("nowhere"), stages=(stage,), **changes))
 
 
@@ -223,13 +224,27 @@ def test_meshes_that_cannot_be_are_listed_with_their_reasons(monkeypatch):
 
     monkeypatch.setattr(search, "plan", attempt)
     monkeypatch.setattr(search, "topology_devices", lambda name: [None] * 8)
-    monkeypatch.setattr(
-        search, "meshes_of", lambda n: ["fsdp=8,tensor=1", "4x2", "fsdp=1,tensor=8"]
-    )
-    plans, refusals = plan_meshes(small(), topology="toy:8", mesh="all")
+    meshes = ["fsdp=8,tensor=1", "4x2", "fsdp=1,tensor=8", "data=8"]
+    monkeypatch.setattr(search, "meshes_of", lambda n: meshes)
+    cfg = small(rows=12)
+    plans, refusals = plan_meshes(cfg, topology="toy:8", mesh="all")
     assert [plan.mesh for plan in plans] == ["fsdp=4,tensor=2"]
     assert refusals["fsdp=8,tensor=1"] == "does not fit: Used 20G of 15.75G hbm."
     assert "does not split evenly over the 8 devices" in refusals["fsdp=1,tensor=8"]
+    assert "12 rows at a time, which do not split over 8 parts" in refusals["data=8"]
+    with pytest.raises(ConfigError, match="12 rows at a time, which do not split over 8 parts"):
+        plan_meshes(cfg, topology="toy:8", mesh="data=8")
+    with pytest.raises(ConfigError, match="stage"):
+        plan_meshes(cfg, topology="toy:8", mesh="all", stage=7)
+
+
+def test_what_training_would_refuse_is_not_planned():
+    """Ulysses gives every device some heads: 8 devices have too many."""
+    cfg = small(sharding={"strategy": "context-ulysses"})
+    heads = MODEL["text"]["num_attention_heads"]
+    assert heads % 8
+    with pytest.raises(ShardingError, match=f"{heads}"):
+        plan_on(make_mesh("context=8"), DEVICE, cfg)
 
 
 # --- the report and the programs ------------------------------------------------------------------

@@ -25,6 +25,7 @@ from llaso_jax.sharding.costs import operation_costs
 from llaso_jax.sharding.hlo import parse
 from llaso_jax.sharding.mesh import make_mesh, parse_mesh
 from llaso_jax.training.abstract import abstract_step, stage_flops
+from llaso_jax.training.fit import check_stage
 from llaso_jax.training.state import Layout
 
 CORPUS_SAMPLES = {"align": 12_000_000, "instruct": 13_500_000}
@@ -184,8 +185,10 @@ def plan_on(
 ) -> Plan:
     """`plan` on a mesh whose devices are each a `device`."""
     model, _ = planned_model(recipe)
-    layout = Layout.of(model, mesh, recipe.sharding.rules(), frozen=recipe.sharding.frozen)
+    rules = recipe.sharding.rules()
+    layout = Layout.of(model, mesh, rules, frozen=recipe.sharding.frozen)
     chosen = with_batch(planned_stage(recipe, stage), layout.batch_shards, batch)
+    check_stage(model, chosen, rules, mesh.shape)
     platform = mesh.devices.flat[0].platform
     compute, frozen = recipe.precision.resolve("gpu" if platform == "cuda" else platform)
     step = abstract_step(model, chosen, layout, compute, frozen_dtype=frozen)

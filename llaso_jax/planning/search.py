@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from llaso_jax.config import RunConfig
+from llaso_jax.errors import ConfigError
 from llaso_jax.planning.hardware import GIB
 from llaso_jax.planning.plan import Plan, PlanError, plan
+from llaso_jax.planning.recipe import planned_model, planned_stage
 from llaso_jax.planning.topology import topology_devices
 from llaso_jax.sharding.rules import ShardingError
 
@@ -23,8 +25,12 @@ def plan_meshes(
       batch: rows of a device at a time, "auto" for as many as fit, None for the recipe's.
 
     Raises:
-      ConfigError: a topology or a stage that is not there.
+      ConfigError: a topology or a stage that is not there, or rows that do not split over the one mesh.
+      ShardingError: the one mesh does not fit.
     """
+    # What is wrong on every mesh is an error, no mesh's reason.
+    planned_model(recipe)
+    planned_stage(recipe, stage)
     count = len(topology_devices(topology))
     names = list(meshes_of(count)) if mesh == "all" else [mesh or f"{count}x1"]
     plans: list[Plan] = []
@@ -39,8 +45,8 @@ def plan_meshes(
                 plans.append(largest_batch(attempt))
             else:
                 plans.append(attempt(None if batch is None else int(batch)))
-        except (PlanError, ShardingError) as error:
-            if len(names) == 1 and isinstance(error, ShardingError):
+        except (PlanError, ShardingError, ConfigError) as error:
+            if len(names) == 1 and not isinstance(error, PlanError):
                 raise
             refusals[name] = str(error)
     plans.sort(key=lambda one: -one.samples_per_second)
