@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llaso_jax.modeling.kernels.cross_entropy import cross_entropy, reference_cross_entropy
+from llaso_jax.sharding.collectives import collectives
+from llaso_jax.sharding.hlo import Program, parse
 from llaso_jax.sharding.mesh import make_mesh
-from llaso_jax.sharding.rules import FSDP_TENSOR, use_rules
+from llaso_jax.sharding.rules import FSDP_TENSOR, gather, use_rules
 
 B, A, D, V = 4, 13, 24, 96
 OPTIONS = {
@@ -135,6 +139,35 @@ def test_every_mesh_gives_the_same(case, mesh):
         (*expected[:2], *expected[1:]),
         2e-6,
     )
+
+
+def test_no_device_sums_a_whole_gradient_of_a_trained_table():
+    """Stored over 8 devices, gathered for use in bfloat16; a second chunk sends its answers, no table."""
+    entries, whole = 4096, 4096 * D
+    mesh = make_mesh("8x1")
+    stored = NamedSharding(mesh, P(None, "fsdp"))
+    rows = NamedSharding(mesh, P("fsdp"))
+
+    def loss(table, hidden, targets, valid):
+        table = gather(table.astype(jnp.bfloat16), ("vocab", "embed"))
+        return cross_entropy(hidden, table, targets, valid, chunk=8 * 8)[0]
+
+    def program(answers: int) -> Program:
+        inputs = [
+            jax.ShapeDtypeStruct((8, answers, *more), dtype, sharding=rows)
+            for more, dtype in (((D,), jnp.bfloat16), ((), jnp.int32), ((), jnp.bool_))
+        ]
+        table = jax.ShapeDtypeStruct((entries, D), jnp.float32, sharding=stored)
+        with use_rules(mesh, FSDP_TENSOR):
+            step = jax.jit(jax.grad(loss), out_shardings=stored)
+            return parse(step.lower(table, *inputs).compile().as_text())
+
+    one, two = (program(8 * chunks) for chunks in (1, 2))
+    for found in (one, two):
+        sums = [c for c in collectives(found) if c.kind in ("all-reduce", "reduce-scatter")]
+        assert all(c.operand_bytes < whole for c in sums), "a sum of whole gradients"
+    sent = [sum(c.sent_bytes(8) for c in collectives(found)) for found in (one, two)]
+    assert sent[1] - sent[0] < whole, "a chunk sends the table, or its gradient"
 
 
 def products(function, *arguments) -> list[tuple[int, ...]]:

@@ -28,6 +28,17 @@ class Options(NamedTuple):
     columns: int  # positions of each row that are worked on at a time
 
 
+class _Axes(NamedTuple):
+    """Logical axes of rows and of the vocabulary while logits are there."""
+
+    rows: str
+    vocab: str
+
+
+ROWS_APART = _Axes("batch", "vocab")
+VOCABULARY_APART = _Axes("batch_at_head", "vocab_at_head")
+
+
 class _Sums(NamedTuple):
     """What chunks add up to: f32[] loss and, where the table is trained, f32[V, D] its gradient."""
 
@@ -128,7 +139,12 @@ def _run(
     d_table: bool,
 ) -> tuple[_Sums, jax.Array, jax.Array | None]:
     """All chunks in turn: the sums, losses [B, A] and, if asked for, the gradient of `hidden`."""
-    step = functools.partial(_chunk, table, options, d_hidden)
+    axes = ROWS_APART
+    if d_table and len(table) % parts_of(VOCABULARY_APART.vocab) == 0:
+        # Answers are few: all their hidden states weigh less than the gradient of the table, which then is never whole.
+        axes = VOCABULARY_APART
+    table = constrain(table, axes.vocab, "embed")
+    step = functools.partial(_chunk, table, options, axes, d_hidden)
     sums = _Sums(jnp.zeros(()), jnp.zeros(table.shape, jnp.float32) if d_table else None)
     length = targets.shape[1]
     if length <= options.columns:
@@ -141,12 +157,18 @@ def _run(
 
 
 def _chunk(
-    table: jax.Array, options: Options, d_hidden: bool, sums: _Sums, inputs: tuple[jax.Array, ...]
+    table: jax.Array,
+    options: Options,
+    axes: _Axes,
+    d_hidden: bool,
+    sums: _Sums,
+    inputs: tuple[jax.Array, ...],
 ) -> tuple[_Sums, tuple[jax.Array, jax.Array | None]]:
-    hidden, targets, valid = inputs
+    hidden = constrain(inputs[0], axes.rows, "answers", "embed")
+    targets, valid = (constrain(array, axes.rows, "answers") for array in inputs[1:])
     size, smoothing, z_loss, _ = options
     logits = jnp.einsum("BAD,VD->BAV", hidden, table, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", "answers", "vocab")
+    logits = constrain(logits, axes.rows, "answers", axes.vocab)
     entry = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     real = entry < size
     if size < table.shape[0]:
@@ -159,6 +181,7 @@ def _chunk(
         aim += smoothing / size * jnp.where(real, logits, 0).sum(-1)
     losses = jnp.where(valid, normalizer - aim + z_loss * normalizer**2, 0)
     total = sums.total + losses.sum()
+    losses = constrain(losses, "batch", "answers")
     if not d_hidden and sums.d_table is None:
         return _Sums(total, None), (losses, None)
 
@@ -172,8 +195,10 @@ def _chunk(
         gradient = jnp.einsum(
             "BAV,VD->BAD", d_logits, table, preferred_element_type=jnp.float32
         ).astype(hidden.dtype)
+        gradient = constrain(gradient, "batch", "answers", "embed")
     if sums.d_table is not None:
         d_table = sums.d_table + jnp.einsum(
             "BAV,BAD->VD", d_logits, hidden, preferred_element_type=jnp.float32
         )
+        d_table = constrain(d_table, axes.vocab, "embed")
     return _Sums(total, d_table), (losses, gradient)
