@@ -25,6 +25,7 @@ from llaso_jax.modeling.compute import ComputeConfig, RematPolicy
 from llaso_jax.modeling.kernels.attention.api import Implementation
 from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.modeling.speech_lm import LossConfig, SpeechLMConfig
+from llaso_jax.modeling.token_ctc import CTCConfig
 from llaso_jax.sharding.strategies import ShardingConfig
 from llaso_jax.training.optimizer import OptimizerConfig, ParameterRule
 
@@ -89,7 +90,10 @@ class StageConfig:
       data: training data and batches.
       parameters: which parameters are trained; the first rule whose pattern matches a path decides.
       optimizer: AdamW and its schedule.
-      loss: what is minimized besides the cross-entropy.
+      objective: `lm` trains the model to write the answers; `ctc` its audio frames to say them, against the
+        embeddings of the language model, which is not run: a warm-up of projector or encoder.
+      loss: of objective lm: what is minimized besides the cross-entropy.
+      ctc: of objective ctc: its settings.
       accumulation: micro-batches per optimizer step (data.rows must be a multiple); the result is
         that of one large batch.
       max_steps: optimizer steps; null runs through data.epochs.
@@ -100,7 +104,9 @@ class StageConfig:
     data: DataConfig
     parameters: tuple[ParameterRule, ...]
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: Literal["lm", "ctc"] = "lm"
     loss: LossConfig = LossConfig()
+    ctc: CTCConfig = CTCConfig()
     accumulation: int = 1
     max_steps: int | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -108,6 +114,12 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
             raise ConfigError(f"stage name {self.name!r} must be a folder name.")
+        unused, default = ("ctc", CTCConfig()) if self.objective == "lm" else ("loss", LossConfig())
+        if getattr(self, unused) != default:
+            raise ConfigError(
+                f"stage {self.name!r} has settings under {unused!r}, which objective: {self.objective} does not "
+                f"read: leave them out, or choose the other objective (lm reads loss, ctc reads ctc)."
+            )
         if self.accumulation < 1 or self.data.rows % self.accumulation:
             raise ConfigError(
                 f"stage {self.name!r}: data.rows={self.data.rows} is not a multiple of "

@@ -55,6 +55,7 @@ def train_flops(
     answers: int,
     trains_encoder: bool,
     trains_decoder: bool,
+    classes: int | None = None,
 ) -> float:
     """FLOPs of a training step without rematerialization.
 
@@ -68,17 +69,13 @@ def train_flops(
       rows, positions: rows of a batch, and their length.
       answers: supervised positions of a batch.
       trains_encoder, trains_decoder: whether their own weights are trained, not only adapters.
+      classes: of a step of CTC, which scores its frames against so many tokens, and against the answers of their
+        row, where others run the decoder (modeling/token_ctc.py).
     """
     encoder = encoder_flops(cfg.audio, mel_frames) * chunks
     frames = encoder_frames(mel_frames)
     encoder_attention = _encoder_attention_flops(cfg.audio, mel_frames) * chunks
     projector = projector_flops(cfg, mel_frames) * chunks
-    decoder = decoder_flops(cfg.text, positions) * rows
-    attention = (
-        2 * cfg.text.num_hidden_layers * cfg.text.num_attention_heads * cfg.text.head_width
-    ) * (positions**2 * rows)
-    head = head_flops(cfg.text, answers)
-    frozen_decoder = 2 * (decoder - attention) + 3 * attention + 2 * head
     in_encoder = _adapter_params(cfg, "audio_tower")
     frozen_encoder = 2 * encoder + encoder_attention if in_encoder else encoder
     adapters = (
@@ -86,14 +83,22 @@ def train_flops(
         + _adapter_params(cfg, "projector")
         * projected_frames(mel_frames, stack=cfg.projector.stack)
         * chunks
-        + _adapter_params(cfg, "language_model") * positions * rows
     )
-    return (
-        (3 * encoder if trains_encoder else frozen_encoder)
-        + 3 * projector
-        + (3 * (decoder + head) if trains_decoder else frozen_decoder)
-        + 3 * 2 * adapters
-    )
+    audio = (3 * encoder if trains_encoder else frozen_encoder) + 3 * projector + 6 * adapters
+    if classes is not None:
+        heard = min(
+            positions, chunks // rows * projected_frames(mel_frames, stack=cfg.projector.stack)
+        )
+        scores = 2 * cfg.text.hidden_size * heard * rows * (classes + answers / rows)
+        return audio + 2 * scores
+    decoder = decoder_flops(cfg.text, positions) * rows
+    attention = (
+        2 * cfg.text.num_hidden_layers * cfg.text.num_attention_heads * cfg.text.head_width
+    ) * (positions**2 * rows)
+    head = head_flops(cfg.text, answers)
+    frozen_decoder = 2 * (decoder - attention) + 3 * attention + 2 * head
+    in_decoder = _adapter_params(cfg, "language_model") * positions * rows
+    return audio + (3 * (decoder + head) if trains_decoder else frozen_decoder) + 6 * in_decoder
 
 
 def _adapter_params(cfg: SpeechLMConfig, part: str) -> int:

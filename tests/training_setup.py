@@ -23,9 +23,10 @@ from llaso_jax.data.batch import Batch
 from llaso_jax.data.pipeline import make_pipeline
 from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.compute import ComputeConfig
-from llaso_jax.modeling.functional import Params, abstract_params, flatten, unflatten
+from llaso_jax.modeling.functional import Params, abstract_params, flatten, merge, unflatten
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.mesh import make_mesh
+from llaso_jax.training.objective import NextToken, Objective
 from llaso_jax.training.optimizer import (
     OptimizerConfig,
     ParameterRule,
@@ -33,7 +34,7 @@ from llaso_jax.training.optimizer import (
     make_optimizer,
 )
 from llaso_jax.training.run import RunResult, train
-from llaso_jax.training.state import Layout, TrainState, create_state, split_params
+from llaso_jax.training.state import Layout, TrainState, create_state, split_params, zero_params
 from llaso_jax.training.step import StepMetrics, TrainStep, make_train_step, place_batch
 
 EVERYTHING = ({"pattern": ".*"},)
@@ -48,6 +49,7 @@ PROJECTOR_AND_DECODER = (
 HELD_OUT = 7
 OPTIMIZER = OptimizerConfig(weight_decay=0.01)
 FLOAT32 = ComputeConfig()
+NEXT_TOKEN = NextToken()
 # Compiles in a third of the time; for programs that run a few steps.
 _jit = functools.partial(jax.jit, compiler_options=_PLAIN)
 # Every axis that is split divides by 8 (fsdp) and by 4 (tensor).
@@ -248,17 +250,18 @@ def trainer(
     optimizer: OptimizerConfig = OPTIMIZER,
     frozen_dtype: str = "float32",
     compute: ComputeConfig = FLOAT32,
+    objective: Objective = NEXT_TOKEN,
 ) -> Trainer:
     """Everything `StageRun` puts together, without files."""
     layout, scales, update, step = _program(
-        model, mesh, tuple(ParameterRule(**rule) for rule in rules), optimizer, compute
+        model, mesh, tuple(ParameterRule(**rule) for rule in rules), optimizer, compute, objective
     )
-    start = jax.device_put(
-        random_params(unflatten(abstract_params(model))), unflatten(layout.params)
-    )
+    start = random_params(unflatten(abstract_params(model)))
+    start = jax.device_put(start, layout.nested(start))
     trainable, frozen = split_params(start, scales, frozen_dtype, layout)
     with patch.object(jax, "jit", _jit):
-        state = create_state(trainable, update, layout)
+        own = zero_params(objective.own_params(model), layout)
+        state = create_state(merge(trainable, own), update, layout)
     return Trainer(state, frozen, step, layout, accumulation)
 
 
@@ -269,15 +272,17 @@ def _program(
     rules: tuple[ParameterRule, ...],
     optimizer: OptimizerConfig,
     compute: ComputeConfig,
+    objective: Objective,
 ) -> tuple[Layout, dict[str, float | None], Any, TrainStep]:
     """What is the same for all trainers of one kind: they share compiled steps."""
-    layout = Layout.of(model, make_mesh(mesh))
-    infos = abstract_params(model)
-    scales = learning_rate_scales(infos, rules)
+    own = objective.own_params(model)
+    layout = Layout.of(model, make_mesh(mesh)).beside(own)
+    infos = abstract_params(model) | own
+    scales = learning_rate_scales(abstract_params(model), rules) | dict.fromkeys(own, 1.0)
     update = make_optimizer(optimizer, scales)
     trainable = unflatten({p: infos[p] for p, scale in scales.items() if scale is not None})
     with patch.object(jax, "jit", _jit):
-        step = make_train_step(model, compute, update, trainable, layout)
+        step = make_train_step(model, compute, update, trainable, layout, objective=objective)
     return layout, scales, update, step
 
 

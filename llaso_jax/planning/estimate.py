@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from llaso_jax.config import PrecisionConfig, StageConfig
 from llaso_jax.modeling.compute import ComputeConfig
+from llaso_jax.modeling.frames import projected_frames
 from llaso_jax.modeling.functional import (
     abstract_params,
     bind,
@@ -25,8 +26,10 @@ from llaso_jax.modeling.functional import (
 )
 from llaso_jax.modeling.kernels.cross_entropy.chunked import CHUNK
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.modeling.token_ctc import SCORES
 from llaso_jax.sharding.mesh import abstract_mesh
 from llaso_jax.training.abstract import abstract_row
+from llaso_jax.training.objective import abstract_own, objective_of
 from llaso_jax.training.optimizer import ParameterRule, learning_rate_scales
 
 MOMENTS = 2  # of AdamW, f32 as the weights they belong to
@@ -85,7 +88,7 @@ def estimate(
     compute, frozen = precision.resolve("gpu")
     held, trained = _stored_bytes(model, stage.parameters, frozen, devices)
     saved = rows * _saved_bytes(model, stage, compute, frozen)
-    if compute.remat == "none" and devices > 1:
+    if compute.remat == "none" and devices > 1 and stage.objective == "lm":
         saved += _gathered_bytes(model, compute)
     return Estimate(
         weights=held + trained,
@@ -118,7 +121,8 @@ def _stored_bytes(
 def _saved_bytes(
     model: SpeechLMConfig, stage: StageConfig, compute: ComputeConfig, frozen: str
 ) -> int:
-    """Residuals of one row's gradient that are no parameters."""
+    """Residuals of one row's gradient that are no parameters, and no scores of CTC's classes."""
+    objective = objective_of(stage)
     infos = abstract_params(model)
     scales = learning_rate_scales(infos, stage.parameters)
     params = unflatten(
@@ -131,9 +135,12 @@ def _saved_bytes(
     # Any implementation keeps results and logsumexp; this one can be traced without a device.
     compute = dataclasses.replace(compute, attention="chunked")
 
-    def backward(trainable: Any, rest: Any, row: dict[str, Any]) -> Any:
+    def backward(trainable: Any, rest: Any, own: Any, row: dict[str, Any], answers: Any) -> Any:
+        prepared = objective.prepare(model, answers, jax.random.key(0))
+
         def loss(trained: Any) -> jax.Array:
-            return bind(model, merge(trained, rest), compute).losses(row, stage.loss)[0]
+            bound = bind(model, merge(trained, rest), compute)
+            return objective.losses(bound, own, row, prepared)[0]
 
         return jax.vjp(loss, trainable)[1]
 
@@ -141,13 +148,24 @@ def _saved_bytes(
         name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
         for name, leaf in abstract_row(model, stage.data).items()
     }
-    residuals = jax.eval_shape(backward, trainable, rest, row)
+    answers = {
+        name: jax.ShapeDtypeStruct((stage.data.rows, *array.shape[1:]), array.dtype)
+        for name, array in row.items()
+        if name.startswith("answer_")
+    }
+    own = abstract_own(objective, model)
+    residuals = jax.eval_shape(backward, trainable, rest, own, row, answers)
     weights = {tuple(sorted(info.shape)) for info in infos.values()}
+    classes = _classes(model, stage)
     return sum(
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(residuals)
-        if tuple(sorted(leaf.shape)) not in weights
+        if tuple(sorted(leaf.shape)) not in weights and classes not in leaf.shape
     )
+
+
+def _classes(model: SpeechLMConfig, stage: StageConfig) -> int | None:
+    return objective_of(stage).classes(model, stage.data.rows * stage.data.answers_per_row)
 
 
 def _gathered_bytes(model: SpeechLMConfig, compute: ComputeConfig) -> int:
@@ -165,15 +183,24 @@ def _working_bytes(
     compute: ComputeConfig,
     rows: int,
 ) -> int:
-    """The loss of a chunk of answers, or the backward pass of one layer of the decoder, whichever is more."""
-    text, item = model.text, compute.jnp_dtype.itemsize
+    """The loss of a chunk of answers, or the backward pass of one layer of the decoder, whichever is more.
+
+    Of CTC: the scores of its frames, their gradient, and the vectors of its classes.
+    """
+    text, item, data = model.text, compute.jnp_dtype.itemsize, stage.data
+    classes = _classes(model, stage)
+    if classes is not None:
+        heard = projected_frames(data.mel_buckets[-1], stack=model.projector.stack)
+        frames = rows * min(data.sequence_length, data.chunks_per_row * heard)
+        scores = min(SCORES, frames * classes)
+        return 2 * scores * F32 + classes * text.hidden_size * item
     table = text.padded_vocab_size * text.hidden_size
     scales = learning_rate_scales(abstract_params(model), stage.parameters)
     head_is_trained = scales[HEAD] is not None
-    answers = min(CHUNK, rows * stage.data.answers_per_row)
+    answers = min(CHUNK, rows * data.answers_per_row)
     logits = 2 * answers * text.padded_vocab_size * F32
     loss = table * item + logits + (table * F32 if head_is_trained else 0)
-    positions = rows * stage.data.sequence_length
+    positions = rows * data.sequence_length
     # Of the feed-forward network: gradients of its inside, of its inputs and outputs; its weights and their gradient.
     inside = 3 * text.intermediate_size + 4 * text.hidden_size
     weights = 2 * 3 * text.hidden_size * text.intermediate_size

@@ -121,5 +121,10 @@ def _variants(recipe: RunConfig) -> Iterator[tuple[RunConfig, str]]:
             ParameterRule(pattern="projector/.*|.*/lora_[AB]/weight"),
             ParameterRule(pattern=".*", learning_rate_scale=None),
         )
-        stages = tuple(dataclasses.replace(stage, parameters=rules) for stage in recipe.stages)
-        yield dataclasses.replace(recipe, lora=(ADAPTERS,), stages=stages), "projector, LoRA 16"
+        stages = tuple(
+            dataclasses.replace(stage, parameters=rules)
+            for stage in recipe.stages
+            if stage.objective == "lm"
+        )
+        if stages:
+            yield dataclasses.replace(recipe, lora=(ADAPTERS,), stages=stages), "projector, LoRA 16"

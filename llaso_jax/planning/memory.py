@@ -10,6 +10,7 @@ from llaso_jax.modeling.functional import flatten
 from llaso_jax.sharding.hlo import Program
 from llaso_jax.sharding.liveness import buffers_at_peak
 from llaso_jax.training.abstract import AbstractStep
+from llaso_jax.training.objective import OWN
 
 ARGUMENTS = ("encoder", "projector", "llm", "optimizer", "audio", "batch")
 """What a step is given: parameters by part of the model, the optimizer's state, mel and the rest of a batch."""
@@ -17,7 +18,12 @@ TEMPORARIES = ("weights_and_gradients", "activations", "logits", "other")
 """What it works with: arrays of the shape of a parameter (gathered or cast for use, and gradients), arrays of the
 vocabulary's width, all others; and what the walk over the program does not see: padding, fragmentation, scratch."""
 
-_PARTS = {"audio_tower": "encoder", "projector": "projector", "language_model": "llm"}
+_PARTS = {
+    "audio_tower": "encoder",
+    "projector": "projector",
+    "language_model": "llm",
+    OWN: "projector",  # a vector that is compared with its outputs
+}
 _TABLE = "language_model/embed_tokens/weight"
 _AUDIO = ("mel", "mel_frames")
 

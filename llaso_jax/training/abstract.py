@@ -12,7 +12,8 @@ from llaso_jax.modeling.compute import ComputeConfig
 from llaso_jax.modeling.flops import train_flops
 from llaso_jax.modeling.functional import Params, abstract_params, split, unflatten
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
-from llaso_jax.training.optimizer import learning_rate_scales, make_optimizer, trains_weights
+from llaso_jax.training.objective import objective_of, stage_scales
+from llaso_jax.training.optimizer import make_optimizer, trains_weights
 from llaso_jax.training.state import Layout, TrainState, state_shardings
 from llaso_jax.training.step import TrainStep, make_train_step
 
@@ -56,8 +57,10 @@ def abstract_step(
     Raises:
       ConfigError: rules of the stage that do not fit the model.
     """
-    infos = abstract_params(model)
-    scales = learning_rate_scales(infos, stage.parameters)
+    objective = objective_of(stage)
+    infos = abstract_params(model) | objective.own_params(model)
+    layout = layout.beside(objective.own_params(model))
+    scales = stage_scales(model, stage)
     params = unflatten(
         {
             path: jax.ShapeDtypeStruct(
@@ -70,7 +73,7 @@ def abstract_step(
     )
     trainable, frozen = split(params, lambda path: scales[path] is not None)
     optimizer = make_optimizer(stage.optimizer, scales)
-    step = make_train_step(model, compute, optimizer, trainable, layout, loss=stage.loss)
+    step = make_train_step(model, compute, optimizer, trainable, layout, objective=objective)
     state = _abstract_state(trainable, optimizer, layout)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
     batch = abstract_batch(model, stage.data, stage.accumulation, layout)
@@ -79,17 +82,19 @@ def abstract_step(
 
 def stage_flops(model: SpeechLMConfig, stage: StageConfig) -> float:
     """FLOPs of one optimizer step of `stage` on all devices, without rematerialization (modeling/flops.py)."""
-    scales = learning_rate_scales(abstract_params(model), stage.parameters)
+    scales = stage_scales(model, stage)
     data = stage.data
+    answers = data.rows * data.answers_per_row
     return train_flops(
         model,
         chunks=data.rows * data.chunks_per_row,
         mel_frames=data.mel_buckets[-1],
         rows=data.rows,
         positions=data.sequence_length,
-        answers=data.rows * data.answers_per_row,
+        answers=answers,
         trains_encoder=trains_weights(scales, "audio_tower"),
         trains_decoder=trains_weights(scales, "language_model"),
+        classes=objective_of(stage).classes(model, answers),
     )
 
 

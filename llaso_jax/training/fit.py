@@ -9,6 +9,7 @@ from llaso_jax.modeling.kernels.attention.ulysses import check_heads
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.context import AXIS, check_length
 from llaso_jax.sharding.rules import ShardingRules
+from llaso_jax.training.objective import stage_scales
 
 
 def check_stage(
@@ -19,9 +20,10 @@ def check_stage(
     Parameters are checked where their shardings are made (modeling.functional.param_shardings).
 
     Raises:
-      ConfigError: rows or chunks that do not split, or rows that lanes do not.
+      ConfigError: rows or chunks that do not split, rows that lanes do not, or rules of `parameters` that do not fit.
       ShardingError: sequences or heads that do not.
     """
+    stage_scales(model, stage)
     rows = stage.data.rows // stage.accumulation
     if rows % stage.data.lanes:
         raise ConfigError(

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,25 @@ from llaso_jax.data.tokenizer import eos_token_ids
 from llaso_jax.errors import InterruptedRunError, NonFiniteLossError
 from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.flops import train_flops
-from llaso_jax.modeling.functional import Params, abstract_params, merge
+from llaso_jax.modeling.functional import Params, merge
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.training.checkpoint import StageCheckpoints
+from llaso_jax.training.ctc_validation import CTCValidator
 from llaso_jax.training.feed import GlobalBatch
 from llaso_jax.training.interrupt import StopRequest
 from llaso_jax.training.metrics import MetricsWriter, peak_flops
-from llaso_jax.training.optimizer import (
-    learning_rate_at,
-    learning_rate_scales,
-    make_optimizer,
-    trains_weights,
-)
+from llaso_jax.training.objective import model_part, objective_of, stage_scales
+from llaso_jax.training.optimizer import learning_rate_at, make_optimizer, trains_weights
 from llaso_jax.training.report import StepBar
 from llaso_jax.training.stage_data import StageData
-from llaso_jax.training.state import Layout, TrainState, create_state, split_params
+from llaso_jax.training.state import Layout, TrainState, create_state, split_params, zero_params
 from llaso_jax.training.step import StepMetrics, make_train_step, place_lanes
-from llaso_jax.training.validation import Report, Validator
+from llaso_jax.training.validation import SCORES, Report, Validator
 
 logger = logging.getLogger(__name__)
+
+Validate = Callable[[Params], Report]
+"""Of all parameters of a stage: the model's, and those of its objective."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +120,21 @@ class StageRun:
         """`before`: validation of `params`, where the stage before has just made it."""
         self.place, self.stage = place, stage
         compute, frozen_dtype = place.precision.resolve(jax.devices()[0].platform)
-        scales = learning_rate_scales(abstract_params(place.model), stage.parameters)
+        scales = stage_scales(place.model, stage)
         trainable, self.frozen = split_params(params, scales, frozen_dtype, place.layout)
+        self.objective = objective_of(stage)
+        own = self.objective.own_params(place.model)
+        layout = place.layout.beside(own)
+        trainable = merge(trainable, zero_params(own, layout))
         optimizer = make_optimizer(stage.optimizer, scales)
-        self.state: TrainState = create_state(trainable, optimizer, place.layout)
+        self.state: TrainState = create_state(trainable, optimizer, layout)
         self.train_step = make_train_step(
             place.model,
             compute,
             optimizer,
             trainable,
-            place.layout,
-            loss=stage.loss,
+            layout,
+            objective=self.objective,
             seed=place.seed,
         )
         self.trains_encoder = trains_weights(scales, "audio_tower")
@@ -144,7 +149,7 @@ class StageRun:
             audio=layout_of(place.model),
             prompt=place.prompt,
         )
-        self.step = self.samples = 0
+        self.step = self.samples = self.unaligned = 0
         self.stats, self.steps_timed = PipelineStats(), 0
         self.before = before
         self.scored: tuple[int, Report] | None = None
@@ -175,7 +180,7 @@ class StageRun:
             after = self._validate(validate) if validate is not None and scored else None
         return StageResult(self.params(), self.before, after)
 
-    def _train(self, checkpoints: StageCheckpoints, validate: Validator | None) -> None:
+    def _train(self, checkpoints: StageCheckpoints, validate: Validate | None) -> None:
         every = self.stage.evaluation.every_steps
         pending: _Dispatched | None = None
         total = self.stage.max_steps or self.data.total_samples
@@ -222,8 +227,8 @@ class StageRun:
     # --- parts ----------------------------------------------------------------------------------
 
     def params(self) -> Params:
-        """All parameters as they stand, trained and frozen."""
-        return merge(self.state.trainable, self.frozen)
+        """All parameters of the model as they stand, trained and frozen."""
+        return merge(model_part(self.state.trainable), self.frozen)
 
     def progress(self) -> float:
         """Share of the stage that is done, 0..1."""
@@ -234,6 +239,7 @@ class StageRun:
     def _save(self, checkpoints: StageCheckpoints) -> None:
         progress = {
             "samples": self.samples,
+            "unaligned": self.unaligned,
             **self.data.progress(),
             "before": None if self.before is None else dataclasses.asdict(self.before),
         }
@@ -247,12 +253,13 @@ class StageRun:
             return None
         self.state, progress = checkpoints.restore(self.state, newest)
         self.step, self.samples = newest, progress["samples"]
+        self.unaligned = progress["unaligned"]
         self.data.resume(newest, progress)
         self.before = Report.from_dict(progress["before"]) if progress["before"] else None
         logger.info("stage %s continues from step %d", self.stage.name, newest)
         return newest
 
-    def _validator(self) -> Validator | None:
+    def _validator(self) -> Validate | None:
         data, cfg = self.data.config, self.stage.evaluation
         if not data.eval_json:
             return None
@@ -263,6 +270,17 @@ class StageRun:
             max_audio_seconds=data.max_audio_seconds,
             audio_policy=data.audio_policy,
         )
+        if self.stage.objective == "ctc":
+            return CTCValidator(
+                self.place.model,
+                self.compute,
+                self.place.layout,
+                data,
+                loader,
+                self.place.tokenizer,
+                max_samples=cfg.max_samples,
+                ctc=self.stage.ctc,
+            )
         return Validator(
             self.place.model,
             self.compute,
@@ -276,16 +294,16 @@ class StageRun:
             batch_rows=cfg.batch_rows,
         )
 
-    def _validate(self, validate: Validator) -> Report:
+    def _validate(self, validate: Validate) -> Report:
         if self.scored is not None and self.scored[0] == self.step:
             return self.scored[1]  # the last step is often one of evaluation.every_steps too
         started = time.monotonic()
-        report = validate(self.params())
+        report = validate(merge(self.state.trainable, self.frozen))
         self.scored = self.step, report
         self.place.metrics.write("eval", self.stage.name, self.step, report.numbers())
         scores = ", ".join(
             f"{name} {value:.3f}"
-            for name in ("loss", "wer", "accuracy")
+            for name in ("loss", *SCORES)
             if (value := getattr(report, name)) is not None
         )
         logger.info(
@@ -320,6 +338,9 @@ class StageRun:
             "samples_per_second": self.stats.samples / seconds,
             "quarantined": done.batch.stats.quarantined,
         }
+        if self.stage.objective == "ctc":
+            self._count_unaligned(int(done.metrics.unaligned), done.number)
+            values["unaligned"] = self.unaligned
         self.steps_timed += 1
         mfu = self._mfu(done.batch, seconds / self.steps_timed)
         if mfu is not None:
@@ -334,21 +355,33 @@ class StageRun:
         )
         return newer
 
+    def _count_unaligned(self, count: int, step: int) -> None:
+        if count and not self.unaligned:
+            logger.warning(
+                "stage %s, step %d: %d samples have fewer audio frames than CTC needs for the tokens of their "
+                "answers, and teach nothing; metrics.jsonl counts them as `unaligned`. If they are many, stack fewer "
+                "frames (model.projector.stack).",
+                *(self.stage.name, step, count),
+            )
+        self.unaligned += count
+
     def _mfu(self, batch: GlobalBatch, seconds: float) -> float | None:
         devices = self.place.layout.mesh.devices.flat
         peak = peak_flops(devices[0].device_kind)
         if peak is None:
             return None
         arrays = next(iter(batch.arrays.values()))  # all lanes have the same shapes
+        answers = arrays["answer_index"].size * batch.count
         flops = train_flops(
             self.place.model,
             chunks=arrays["mel_frames"].size * batch.count,
             mel_frames=arrays["mel"].shape[-1],
             rows=len(arrays["tokens"]) * batch.count,
             positions=arrays["tokens"].shape[1],
-            answers=arrays["answer_index"].size * batch.count,
+            answers=answers,
             trains_encoder=self.trains_encoder,
             trains_decoder=self.trains_decoder,
+            classes=self.objective.classes(self.place.model, answers),
         )
         return flops / seconds / (peak * len(devices))
 

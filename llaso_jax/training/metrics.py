@@ -92,7 +92,7 @@ def plot_metrics(path: Path, picture: Path) -> None:
             label=f"{stage}, held out",
         )
         rate.plot([offset + r["step"] for r in train], [r["learning_rate"] for r in train])
-        for name, marker in (("wer", "o-"), ("accuracy", "s-")):
+        for name, marker in (("wer", "o-"), ("accuracy", "s-"), ("token_error_rate", "^-")):
             scored = [r for r in held_out if r.get(name) is not None]
             score.plot(
                 [offset + r["step"] for r in scored],
@@ -103,7 +103,7 @@ def plot_metrics(path: Path, picture: Path) -> None:
         offset += max((r["step"] for r in train), default=0)
     loss.set(title="loss", xlabel="step", yscale="log")
     rate.set(title="learning rate", xlabel="step")
-    score.set(title="held-out word error rate and accuracy", xlabel="step", ylim=(0, 1.1))
+    score.set(title="held-out error rates and accuracy", xlabel="step", ylim=(0, 1.1))
     for axes in (loss, score):
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llaso_jax.training.validation import Report
+from llaso_jax.training.validation import SCORES, Report
 
 
 class StepBar:
@@ -63,7 +63,7 @@ def score_table(before: Report | None, after: Report) -> Table:
             cell(score.score),
         )
     table.add_section()
-    for name in ("wer", "accuracy", "loss"):
+    for name in (*SCORES, "loss"):
         value, first = getattr(after, name), getattr(before, name) if before else None
         if value is not None:
             table.add_row("all", name, "", "", cell(first), cell(value))

@@ -123,6 +123,8 @@ def train(
             console=console,
         )
         for index, stage in enumerate(cfg.stages):
+            if index > 0 and stage.objective != cfg.stages[index - 1].objective:
+                first = last = None  # scores of another kind
             same_data = index > 0 and stage.data.eval_json == cfg.stages[index - 1].data.eval_json
             run = StageRun(place, stage, params, before=last if same_data else None)
             del params  # the run holds them: a second copy would double memory

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llaso_jax.modeling.functional import (
+    ParamInfo,
     Params,
     abstract_params,
     flatten,
@@ -79,6 +80,11 @@ class Layout:
         """Sharding of stacked micro-batches [G, B, ...]: rows over the batch axes."""
         return NamedSharding(self.mesh, P(None, self.rules.activation["batch"]))
 
+    def beside(self, paths: Iterable[str]) -> "Layout":
+        """This layout, and at `paths` parameters that are no model's, a copy on every device."""
+        more = dict.fromkeys(paths, self.replicated)
+        return dataclasses.replace(self, params=self.params | more) if more else self
+
     def nested(self, params: Params) -> Params:
         """The shardings of the parameters in `params`, in the same nesting."""
         return unflatten({path: self.params[path] for path in flatten(params)})
@@ -103,6 +109,18 @@ def random_params(
         compiler_options=options if on_cpu else None,
     )
     return init(jax.random.key(seed))
+
+
+def zero_params(infos: Mapping[str, ParamInfo], layout: Layout) -> Params:
+    """Parameters of zeros, by path, where `layout` has them."""
+    if not infos:
+        return {}
+    shardings = unflatten({path: layout.params[path] for path in infos})
+
+    def zeros() -> Params:
+        return unflatten({path: jnp.zeros(info.shape, info.dtype) for path, info in infos.items()})
+
+    return jax.jit(zeros, out_shardings=shardings)()
 
 
 def split_params(

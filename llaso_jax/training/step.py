@@ -19,12 +19,15 @@ from llaso_jax.modeling.functional import (
     merge,
     unflatten,
 )
-from llaso_jax.modeling.speech_lm import LossConfig, SpeechLMConfig
+from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.rules import use_rules
+from llaso_jax.training.objective import NextToken, Objective, Sums, model_part, own_part
 from llaso_jax.training.optimizer import global_norm
 from llaso_jax.training.state import Layout, TrainState, state_shardings
 
 Batch = dict[str, Any]
+_WHOLE_STEP = 2**31
+"""Key of what is drawn once a step: no number of a micro-batch."""
 
 
 class StepMetrics(NamedTuple):
@@ -34,12 +37,14 @@ class StepMetrics(NamedTuple):
     grad_norm: global gradient norm before clipping.
     answers: supervised tokens.
     row_losses: f32[G, B] summed loss of each row: tells which rows a non-finite loss came from.
+    unaligned: samples that CTC left out.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     answers: jax.Array
     row_losses: jax.Array
+    unaligned: jax.Array
 
 
 TrainStep = Callable[[TrainState, Params, Batch, Any], tuple[TrainState, StepMetrics]]
@@ -52,7 +57,7 @@ def make_train_step(
     trainable: Params,
     layout: Layout,
     *,
-    loss: LossConfig | None = None,
+    objective: Objective | None = None,
     seed: int = 0,
 ) -> TrainStep:
     """The jitted step `(state, frozen, batch, learning_rate) -> (state, metrics)`; state is donated.
@@ -60,11 +65,11 @@ def make_train_step(
     batch holds micro-batches of the batch contract, leaves [G, B, ...] (see `place_batch`). The loss is
     the sum over supervised tokens divided by their number in all G micro-batches on all devices, so
     it does not depend on how the batch is split. Stages that train the same parameters with
-    the same optimizer share one step and its compiled programs. `seed` draws the dropout of adapters, the
-    same on every mesh.
+    the same optimizer share one step and its compiled programs. `objective` says what the loss is; parameters
+    of its own are part of `trainable`. `seed` draws what is dropped and sampled, the same on every mesh.
     """
     return _train_step(
-        cfg, compute, optimizer, tuple(flatten(trainable)), layout, loss or LossConfig(), seed
+        cfg, compute, optimizer, tuple(flatten(trainable)), layout, objective or NextToken(), seed
     )
 
 
@@ -75,21 +80,22 @@ def _train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     paths: tuple[str, ...],
     layout: Layout,
-    objective: LossConfig,
+    objective: Objective,
     seed: int,
 ) -> TrainStep:
-    infos = abstract_params(cfg)
+    infos = abstract_params(cfg) | objective.own_params(cfg)
     trainable = unflatten(
         {path: jax.ShapeDtypeStruct(infos[path].shape, jnp.float32) for path in paths}
     )
 
-    drops = any(rule.dropout for rule in cfg.lora)
+    drops = objective.drops or any(rule.dropout for rule in cfg.lora)
 
     def summed_loss(
-        trained: Params, frozen: Params, micro: Batch, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        trained: Params, frozen: Params, prepared: Any, micro: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        model = bind(cfg, merge(model_part(trained), frozen), compute)
         with use_dropout(key if drops else None):
-            return bind(cfg, merge(trained, frozen), compute).losses(micro, objective)
+            return objective.losses(model, own_part(trained), micro, prepared)
 
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
@@ -98,42 +104,48 @@ def _train_step(
     def step(
         state: TrainState, frozen: Params, batch: Batch, learning_rate: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        def accumulate(carry, micro_and_key: tuple[Batch, jax.Array]):
-            grads, total = carry
-            (loss, rows), more = gradient(state.trainable, frozen, *micro_and_key)
-            # Reduce-scattered into the storage layout: no device ever holds a whole gradient tree.
-            more = jax.lax.with_sharding_constraint(more, shardings.trainable)
-            return (jax.tree.map(jnp.add, grads, more), total + loss), rows
-
         carry = (jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(()))
         count = len(batch["tokens"])
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        keys = jax.random.split(step_key, count)
         with use_rules(layout.mesh, layout.rules):
+            prepared = objective.prepare(cfg, batch, jax.random.fold_in(step_key, _WHOLE_STEP))
+
+            def accumulate(carry, micro_and_key: tuple[Batch, jax.Array]):
+                grads, total = carry
+                (loss, sums), more = gradient(state.trainable, frozen, prepared, *micro_and_key)
+                # Reduce-scattered into the storage layout: no device ever holds a whole gradient tree.
+                more = jax.lax.with_sharding_constraint(more, shardings.trainable)
+                return (jax.tree.map(jnp.add, grads, more), total + loss), sums
+
             if count == 1 or on_cpu:
                 # XLA:CPU runs the layers' loops inside another loop much slower (0.28 -> 0.64 s).
-                rows = []
+                parts = []
                 for index in range(count):
                     micro = {name: leaves[index] for name, leaves in batch.items()}
-                    carry, more_rows = accumulate(carry, (micro, keys[index]))
-                    rows.append(more_rows)
-                rows = jnp.stack(rows)
+                    carry, more_sums = accumulate(carry, (micro, keys[index]))
+                    parts.append(more_sums)
+                sums = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
             else:
-                carry, rows = jax.lax.scan(accumulate, carry, (batch, keys))
+                carry, sums = jax.lax.scan(accumulate, carry, (batch, keys))
         grads, total = carry
-        answers = (batch["answer_index"] >= 0).sum()
+        answers = sums.tokens.sum()
         tokens = jnp.maximum(answers, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.trainable, learning_rate=learning_rate
         )
         trained = optax.apply_updates(state.trainable, updates)
-        metrics = StepMetrics(total / tokens, global_norm(grads), answers, rows)
+        metrics = StepMetrics(
+            total / tokens, global_norm(grads), answers, sums.rows, sums.unaligned.sum()
+        )
         return TrainState(state.step + 1, cast(Params, trained), opt_state), metrics
 
     return jax.jit(
         step,
         out_shardings=(shardings, layout.replicated),
         donate_argnums=(0,),
+        keep_unused=True,  # weights that an objective does not run are there too: plans count them
     )
 
 

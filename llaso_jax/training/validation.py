@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from llaso_jax.data.batch import make_batch
 from llaso_jax.data.config import DataConfig
-from llaso_jax.data.packing import BatchShape, first_fit
+from llaso_jax.data.packing import BatchShape, Row, first_fit
 from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import Sample, SampleLoader
 from llaso_jax.evaluation.metrics.error_rate import word_error_rate
@@ -44,12 +45,17 @@ class TaskScore:
     chance: float | None
 
 
+SCORES = ("wer", "accuracy", "token_error_rate")
+"""Numbers of a Report over all tasks; None where it has no samples of the kind."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """One validation.
 
     loss: nats per supervised token; wer, accuracy: over all samples of that metric (None: no such
     samples); tasks: by task; answers: (task, reference, generated) in file order.
+    token_error_rate, unaligned: of stages with objective ctc: errors over label tokens, and samples without a loss.
     """
 
     loss: float
@@ -57,11 +63,17 @@ class Report:
     accuracy: float | None
     tasks: dict[str, TaskScore]
     answers: tuple[tuple[str, str, str], ...]
+    token_error_rate: float | None = None
+    unaligned: int | None = None
 
     def numbers(self) -> dict[str, Any]:
         """Everything but the answers, for the metrics file."""
         tasks = {task: dataclasses.asdict(score) for task, score in self.tasks.items()}
-        return {"loss": self.loss, "wer": self.wer, "accuracy": self.accuracy, "tasks": tasks}
+        numbers = {"loss": self.loss, "wer": self.wer, "accuracy": self.accuracy, "tasks": tasks}
+        if self.token_error_rate is None:
+            return numbers
+        reading = {"token_error_rate": self.token_error_rate, "unaligned": self.unaligned}
+        return numbers | reading
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Report":
@@ -71,11 +83,79 @@ class Report:
         return cls(**{**tree, "tasks": tasks, "answers": answers})
 
 
-class Validator:
-    """Validates parameters of one model on the first `max_samples` records of `data.eval_json`.
+class HeldOutSet:
+    """The first `max_samples` records of `data.eval_json`: their samples, packed, and the scores of answers to them.
+
+    whole: references are all answers of a conversation, not its last.
 
     Raises:
       DataError: a record that cannot be used: held-out data is never skipped over.
+    """
+
+    def __init__(
+        self,
+        cfg: SpeechLMConfig,
+        data: DataConfig,
+        loader: SampleLoader,
+        *,
+        max_samples: int | None,
+        whole: bool = False,
+    ) -> None:
+        records = RecordSource(data.eval_json, data_root=data.data_root, index_dir=data.index_dir)
+        count = len(records) if max_samples is None else min(max_samples, len(records))
+        self.items = [_held_out(records[i], loader, whole=whole) for i in range(count)]
+        self._shape = BatchShape.of(data, layout_of(cfg), pad_id=loader.pad_id)
+
+    def batches(self, layout: Layout) -> Iterator[tuple[list[Row], dict[str, jax.Array]]]:
+        """Every sample once, packed by mel bucket: rows and their arrays [B, ...] of the batch contract."""
+        pending = sorted((item.sample for item in self.items), key=self._shape.bucket)
+        while pending:
+            bucket = self._shape.bucket(pending[0])
+            same = [sample for sample in pending if self._shape.bucket(sample) == bucket]
+            rows, placed = first_fit(same, self._shape)
+            batch = make_batch(rows, self._shape, mel_frames=bucket)
+            arrays = place_batch(batch.arrays, 1, layout)
+            yield rows, {name: array[0] for name, array in arrays.items()}
+            done = {id(same[i]) for i in placed}
+            pending = [sample for sample in pending if id(sample) not in done]
+
+    def report(self, hypotheses: list[str], **numbers: Any) -> Report:
+        """Scores of answers, in the order of `items`, beside other `numbers` of the Report."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, item in enumerate(self.items):
+            groups[item.task].append(i)
+        return Report(
+            wer=self._score("wer", range(len(hypotheses)), hypotheses),
+            accuracy=self._score("accuracy", range(len(hypotheses)), hypotheses),
+            tasks={
+                task: TaskScore(
+                    metric=(metric := self.items[members[0]].metric),
+                    score=self._score(metric, members, hypotheses) or 0.0,
+                    samples=len(members),
+                    chance=(labels := self.items[members[0]].num_labels) and 1 / labels,
+                )
+                for task, members in sorted(groups.items())
+            },
+            answers=tuple(
+                (item.task, item.reference, text)
+                for item, text in zip(self.items, hypotheses, strict=True)
+            ),
+            **numbers,
+        )
+
+    def _score(self, metric: str, members: Any, hypotheses: list[str]) -> float | None:
+        chosen = [i for i in members if self.items[i].metric == metric]
+        if not chosen:
+            return None
+        score = word_error_rate if metric == "wer" else accuracy
+        return score([self.items[i].reference for i in chosen], [hypotheses[i] for i in chosen])
+
+
+class Validator:
+    """Validates parameters of one model on a held-out set by what it generates.
+
+    Raises:
+      DataError: see `HeldOutSet`.
     """
 
     def __init__(
@@ -92,55 +172,24 @@ class Validator:
         max_new_tokens: int,
         batch_rows: int,
     ) -> None:
-        records = RecordSource(data.eval_json, data_root=data.data_root, index_dir=data.index_dir)
-        count = len(records) if max_samples is None else min(max_samples, len(records))
-        self._held_out = [_held_out(records[i], loader) for i in range(count)]
+        self._held_out = HeldOutSet(cfg, data, loader, max_samples=max_samples)
         self._cfg, self._compute, self._layout = cfg, compute, layout
         self._tokenizer = tokenizer
         self._generation = GenerationConfig(
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=loader.pad_id
         )
         self._batch_rows = batch_rows
-        self._shape = BatchShape.of(data, layout_of(cfg), pad_id=loader.pad_id)
         self._loss = make_loss(cfg, compute, layout)
 
     def __call__(self, params: Params) -> Report:
         """Validate `params`."""
-        hypotheses = self._generate(params)
-        groups: dict[str, list[int]] = defaultdict(list)
-        for i, item in enumerate(self._held_out):
-            groups[item.task].append(i)
-        return Report(
-            loss=self._mean_loss(params),
-            wer=self._score("wer", range(len(hypotheses)), hypotheses),
-            accuracy=self._score("accuracy", range(len(hypotheses)), hypotheses),
-            tasks={
-                task: TaskScore(
-                    metric=(metric := self._held_out[members[0]].metric),
-                    score=self._score(metric, members, hypotheses) or 0.0,
-                    samples=len(members),
-                    chance=(labels := self._held_out[members[0]].num_labels) and 1 / labels,
-                )
-                for task, members in sorted(groups.items())
-            },
-            answers=tuple(
-                (item.task, item.reference, text)
-                for item, text in zip(self._held_out, hypotheses, strict=True)
-            ),
-        )
-
-    def _score(self, metric: str, members: Any, hypotheses: list[str]) -> float | None:
-        chosen = [i for i in members if self._held_out[i].metric == metric]
-        if not chosen:
-            return None
-        score = word_error_rate if metric == "wer" else accuracy
-        return score([self._held_out[i].reference for i in chosen], [hypotheses[i] for i in chosen])
+        return self._held_out.report(self._generate(params), loss=self._mean_loss(params))
 
     def _generate(self, params: Params) -> list[str]:
         answers = generate_samples(
             self._cfg,
             params,
-            (item.sample.prompt() for item in self._held_out),
+            (item.sample.prompt() for item in self._held_out.items),
             self._generation,
             batch_rows=self._batch_rows,
             compute=self._compute,
@@ -151,30 +200,21 @@ class Validator:
 
     def _mean_loss(self, params: Params) -> float:
         total, tokens = 0.0, 0
-        pending = sorted((item.sample for item in self._held_out), key=self._shape.bucket)
-        while pending:
-            bucket = self._shape.bucket(pending[0])
-            same = [sample for sample in pending if self._shape.bucket(sample) == bucket]
-            rows, placed = first_fit(same, self._shape)
-            batch = make_batch(rows, self._shape, mel_frames=bucket)
-            arrays = place_batch(batch.arrays, 1, self._layout)
-            loss, count = jax.device_get(
-                self._loss(params, {name: array[0] for name, array in arrays.items()})
-            )
+        for _, arrays in self._held_out.batches(self._layout):
+            loss, count = jax.device_get(self._loss(params, arrays))
             total, tokens = total + float(loss), tokens + int(count)
-            done = {id(same[i]) for i in placed}
-            pending = [sample for sample in pending if id(sample) not in done]
         return total / max(tokens, 1)
 
 
-def _held_out(record: Any, loader: SampleLoader) -> HeldOut:
+def _held_out(record: Any, loader: SampleLoader, *, whole: bool) -> HeldOut:
     metadata = record.fields.get("metadata") or record.fields.get("meta-data") or {}
     metadata = metadata if isinstance(metadata, dict) else {}
     labels = metadata.get("labels")
     task = str(metadata.get("task", "ASR"))
+    answers = [turn.text.strip() for turn in record.turns if turn.role == "gpt"]
     return HeldOut(
         sample=loader.load(record),
-        reference=record.turns[-1].text.strip(),
+        reference=" ".join(answers) if whole else answers[-1],
         task=task,
         metric=str(metadata.get("metric", "wer")),
         num_labels=len(labels) if labels else None,

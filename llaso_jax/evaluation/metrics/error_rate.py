@@ -1,6 +1,6 @@
 """Word and character error rates of a corpus."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -23,10 +23,17 @@ def characters(text: str) -> str:
 
 def error_rate(references: Sequence[str], answers: Sequence[str], symbols: Symbols) -> Statistic:
     """Levenshtein distances over lengths of the references, both counted in `symbols`, each summed."""
-    truth = [symbols(text) for text in references]
-    heard = [symbols(text) for text in answers]
-    errors = [Levenshtein.distance(t, h) for t, h in zip(truth, heard, strict=True)]
-    return Statistic(np.array([errors, [len(t) for t in truth]], np.float64).reshape(2, -1).T)
+    return symbol_errors(
+        [symbols(text) for text in references], [symbols(text) for text in answers]
+    )
+
+
+def symbol_errors(
+    references: Sequence[Sequence[Hashable]], answers: Sequence[Sequence[Hashable]]
+) -> Statistic:
+    """`error_rate` of what is in symbols already: words, characters, token ids."""
+    errors = [Levenshtein.distance(t, h) for t, h in zip(references, answers, strict=True)]
+    return Statistic(np.array([errors, [len(t) for t in references]], np.float64).reshape(2, -1).T)
 
 
 def swapped(statistic: Statistic, answers: Sequence[str], symbols: Symbols) -> Statistic:
