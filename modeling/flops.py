@@ -55,6 +55,7 @@ def train_flops(
     answers: int,
     trains_encoder: bool,
     trains_decoder: bool,
+    runs_encoder: bool = True,
 ) -> float:
     """FLOPs of a training step without rematerialization.
 
@@ -68,6 +69,7 @@ def train_flops(
       rows, positions: rows of a batch, and their length.
       answers: supervised positions of a batch.
       trains_encoder, trains_decoder: whether their own weights are trained, not only adapters.
+      runs_encoder: False where the batch holds the outputs of a frozen encoder.
     """
     encoder = encoder_flops(cfg.audio, mel_frames) * chunks
     frames = encoder_frames(mel_frames)
@@ -80,7 +82,7 @@ def train_flops(
     head = head_flops(cfg.text, answers)
     frozen_decoder = 2 * (decoder - attention) + 3 * attention + 2 * head
     in_encoder = _adapter_params(cfg, "audio_tower")
-    frozen_encoder = 2 * encoder + encoder_attention if in_encoder else encoder
+    frozen_encoder = 2 * encoder + encoder_attention if in_encoder else encoder * runs_encoder
     adapters = (
         in_encoder * frames * chunks
         + _adapter_params(cfg, "projector")

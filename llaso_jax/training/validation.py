@@ -168,8 +168,7 @@ class Validator:
 
 
 def _held_out(record: Any, loader: SampleLoader) -> HeldOut:
-    metadata = record.fields.get("metadata") or record.fields.get("meta-data") or {}
-    metadata = metadata if isinstance(metadata, dict) else {}
+    metadata = record.metadata
     labels = metadata.get("labels")
     task = str(metadata.get("task", "ASR"))
     return HeldOut(
