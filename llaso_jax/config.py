@@ -264,14 +264,21 @@ def resolve_path(path: str) -> Path:
 
 def resolve_data(data: DataConfig, *, index_dir: Path) -> DataConfig:
     """`data` with `package:` paths resolved; offsets of packaged files are kept in `index_dir`."""
-    files = (*data.train_json, *data.eval_json)
+    files = (*data.training_files, *data.eval_json)
     packaged = any(file.startswith(PACKAGE_DATA_PREFIX) for file in files)
     return dataclasses.replace(
         data,
-        train_json=tuple(str(resolve_path(file)) for file in data.train_json),
-        eval_json=tuple(str(resolve_path(file)) for file in data.eval_json),
+        train_json=_resolved(data.train_json),
+        mixture=tuple(
+            dataclasses.replace(source, files=_resolved(source.files)) for source in data.mixture
+        ),
+        eval_json=_resolved(data.eval_json),
         index_dir=str(index_dir) if packaged and data.index_dir is None else data.index_dir,
     )
+
+
+def _resolved(files: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(resolve_path(file)) for file in files)
 
 
 def to_tree(cfg: Any) -> Any:

@@ -56,6 +56,7 @@ def train_flops(
     trains_encoder: bool,
     trains_decoder: bool,
     classes: int | None = None,
+    runs_encoder: bool = True,
 ) -> float:
     """FLOPs of a training step without rematerialization.
 
@@ -71,13 +72,14 @@ def train_flops(
       trains_encoder, trains_decoder: whether their own weights are trained, not only adapters.
       classes: of a step of CTC, which scores its frames against so many tokens, and against the answers of their
         row, where others run the decoder (modeling/token_ctc.py).
+      runs_encoder: False where the batch holds the outputs of a frozen encoder.
     """
     encoder = encoder_flops(cfg.audio, mel_frames) * chunks
     frames = encoder_frames(mel_frames)
     encoder_attention = _encoder_attention_flops(cfg.audio, mel_frames) * chunks
     projector = projector_flops(cfg, mel_frames) * chunks
     in_encoder = _adapter_params(cfg, "audio_tower")
-    frozen_encoder = 2 * encoder + encoder_attention if in_encoder else encoder
+    frozen_encoder = 2 * encoder + encoder_attention if in_encoder else encoder * runs_encoder
     adapters = (
         in_encoder * frames * chunks
         + _adapter_params(cfg, "projector")

@@ -93,32 +93,63 @@ class SpeechLM(nnx.Module):
         add_lora(self, cfg.lora, rngs)
         self.cfg = cfg
 
-    def encode_audio(self, mel: jax.Array, mel_frames: jax.Array) -> jax.Array:
-        """Audio chunks as the language model reads them.
+    def encode(self, mel: jax.Array, mel_frames: jax.Array) -> jax.Array:
+        """What the speech encoder alone makes of audio chunks.
 
         Args:
           mel: f32[B, C, M, F] log-mel chunks of each row.
           mel_frames: i32[B, C] valid frames of each (used by audio_mode true_length only).
 
         Returns:
+          [B, C, ceil(F/2), D_audio] features, in the dtype of computation.
+        """
+        features = self._encoded_chunks(mel, mel_frames)
+        return features.reshape(*mel.shape[:2], *features.shape[1:])
+
+    def project(self, features: jax.Array) -> jax.Array:
+        """Features [B, C, T, D_audio] of audio chunks as the language model reads them: see `encode_audio`."""
+        b, c, t, d = features.shape
+        with use_encoder_rules():
+            chunks = constrain(features.reshape(b * c, t, d), "batch", "sequence", "embed")
+        return self._projected(chunks, rows=b)
+
+    def encode_audio(self, mel: jax.Array, mel_frames: jax.Array) -> jax.Array:
+        """Audio chunks as the language model reads them: `project` of `encode`.
+
+        Returns:
           [B, C * ceil(ceil(F/2) / k), D] projected frames, chunk after chunk.
         """
-        b, c, m, f = mel.shape
+        return self._projected(self._encoded_chunks(mel, mel_frames), rows=len(mel))
+
+    def audio_frames(self, batch: Batch) -> jax.Array | None:
+        """Projected frames of the batch's `mel`, or of its `features` where the encoder has run before.
+
+        None for a batch without audio.
+        """
+        if "features" in batch:
+            return self.project(batch["features"])
+        return self.encode_audio(batch["mel"], batch["mel_frames"]) if "mel" in batch else None
+
+    def _encoded_chunks(self, mel: jax.Array, mel_frames: jax.Array) -> jax.Array:
+        """[B * C, ceil(F/2), D_audio]: never split into rows on the way to the projector."""
         lengths = mel_frames.reshape(-1) if self.cfg.audio_mode == "true_length" else None
         with use_encoder_rules():
-            chunks = constrain(mel.reshape(b * c, m, f), "batch", None, None)
-            features, _ = self.audio_tower(chunks, lengths)
-            frames = self.projector(features)
-        frames = frames.reshape(b, c * frames.shape[1], frames.shape[2])
+            chunks = constrain(mel.reshape(-1, *mel.shape[2:]), "batch", None, None)
+            return self.audio_tower(chunks, lengths)[0]
+
+    def _projected(self, chunks: jax.Array, *, rows: int) -> jax.Array:
+        with use_encoder_rules():
+            frames = self.projector(chunks)
+        frames = frames.reshape(rows, -1, frames.shape[2])
         # All frames of a row on every device that has a part of it: any position may read any frame.
         return constrain(frames, "batch", None, "embed")
 
     def embed(self, batch: Batch) -> jax.Array:
         """Input embeddings [B, S, D]: tokens, with audio frames at the positions that have a slot."""
         text = self.language_model.embed(batch["tokens"])
-        if "mel" not in batch:
+        audio = self.audio_frames(batch)
+        if audio is None:
             return text
-        audio = self.encode_audio(batch["mel"], batch["mel_frames"])
         slots = batch["audio_slot"][..., None]
         heard = jnp.take_along_axis(audio, jnp.maximum(slots, 0), axis=1)
         return constrain(jnp.where(slots >= 0, heard, text), "batch", "sequence", "embed")

@@ -134,7 +134,8 @@ def _read(
     classes: jax.Array | None,
 ) -> tuple[CTCSums, Reading]:
     """Among `classes` of these `vectors`; None: all tokens, whose table may have more rows than those."""
-    audio = model.encode_audio(batch["mel"], batch["mel_frames"])
+    audio = model.audio_frames(batch)
+    assert audio is not None, "a batch of CTC has audio"
     plan = align(batch, slots=audio.shape[1])
     frames = jnp.take_along_axis(audio, plan.frame_slots[..., None], axis=1)
     frames = constrain(dropout(frames, cfg.dropout, name="ctc") * cfg.scale, "batch", None, "embed")

@@ -33,6 +33,13 @@ def gather_bytes(data: bytes) -> list[bytes]:
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
+def on_host(array: jax.Array) -> np.ndarray:
+    """All of `array`, wherever its shards are, on every process; all have to call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def row_holders(sharding: NamedSharding, rows: int, parts: int) -> dict[int, tuple[int, ...]]:
     """Which of `parts` equal parts of the rows each process's devices hold some of, by process.
 

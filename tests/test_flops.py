@@ -47,7 +47,9 @@ def test_stacked_frames_cost_the_projector_one_position_each():
     assert projector_flops(stacked, 3000) == 2 * 300 * (5 * 1280 * 3072 + 2 * 3072 * 3072)
 
 
-def _train(positions: int, *, encoder: bool = False, decoder: bool) -> float:
+def _train(
+    positions: int, *, encoder: bool = False, decoder: bool, runs_encoder: bool = True
+) -> float:
     return train_flops(
         BASE,
         chunks=1,
@@ -57,6 +59,7 @@ def _train(positions: int, *, encoder: bool = False, decoder: bool) -> float:
         answers=30,
         trains_encoder=encoder,
         trains_decoder=decoder,
+        runs_encoder=runs_encoder,
     )
 
 
@@ -67,6 +70,11 @@ def test_the_two_stages_cost_what_the_published_sizes_say():
     assert align / _train(1560, decoder=True) == pytest.approx(0.707, abs=0.003)
     unfrozen = _train(1560, encoder=True, decoder=True) - _train(1560, decoder=True)
     assert unfrozen == pytest.approx(2 * encoder_flops(BASE.audio, 3000), rel=1e-9)
+
+
+def test_features_that_are_there_spare_the_encoder_and_nothing_else():
+    spared = _train(1560, decoder=False) - _train(1560, decoder=False, runs_encoder=False)
+    assert spared == pytest.approx(encoder_flops(BASE.audio, 3000), rel=1e-9)
 
 
 def test_cost_is_proportional_to_rows_and_chunks():

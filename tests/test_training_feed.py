@@ -19,7 +19,7 @@ ROWS = 4  # of a lane
 
 
 def batch(*samples: str) -> Batch:
-    """A lane's rows, the first of which holds `samples`."""
+    """A lane's rows, the first of which holds `samples`; those with a capital are of the second source."""
     stats = BatchStats(
         samples=len(samples),
         tokens=10 * len(samples),
@@ -32,6 +32,8 @@ def batch(*samples: str) -> Batch:
         tokens_dropped=0,
         quarantined=0,
         epoch=0.5,
+        chunks_to_encode=2 * len(samples),
+        sources=(sum(map(str.islower, samples)), sum(map(str.isupper, samples))),
     )
     rows = (tuple(samples), *((),) * (ROWS - 1))
     return Batch({"tokens": np.zeros((ROWS, 2), np.int32)}, rows, stats)
@@ -80,6 +82,15 @@ def test_a_batch_ends_with_the_last_lane_and_counts_all_of_them():
     assert (first.stats.quarantined, second.stats.quarantined) == (4, 6)
     assert first.digest == sample_digest(["d", "a", "b"])
     assert second.digest == sample_digest("c")
+
+
+def test_counts_of_sources_and_of_chunks_to_encode_are_those_of_all_lanes():
+    ours = feed(Lane(batch("a", "B"), batch("C")), Lane(batch("D")))
+    first, second = ours.take(), ours.take()
+    assert first is not None
+    assert second is not None
+    assert (first.stats.sources, second.stats.sources) == ((1, 2), (0, 1))
+    assert (first.stats.chunks_to_encode, second.stats.chunks_to_encode) == (6, 2)
 
 
 def test_the_position_is_that_of_the_batch_taken_last_not_of_what_was_read_ahead():

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tolerances import LEAF
 from training_setup import (
+    HELD_OUT,
     PROJECTOR,
     PROJECTOR_AND_DECODER,
     inputs_folder,  # noqa: F401 - the fixture `folder`
@@ -28,6 +29,7 @@ from llaso_jax.conversion import load_model
 from llaso_jax.errors import CheckpointError, NonFiniteLossError
 from llaso_jax.modeling.functional import flatten
 from llaso_jax.training import loop
+from llaso_jax.training.ledger import read_ledger
 
 STEPS = 4
 logger = logging.getLogger(__name__)
@@ -150,6 +152,34 @@ def test_the_sample_order_is_of_the_seed_and_every_sample_is_seen(undisturbed, f
     assert first != second
     # 4 batches of 16 samples: one pass of 40 and a part of the next, a window of 20 apart at most.
     assert len(set(first)) == 40
+
+
+def test_a_resumed_mixture_goes_on_and_tells_how_often_each_source_was_seen(folder, tmp_path):
+    corpus = folder / "corpus"
+    tree = two_stages(folder)
+    tree["stages"] = tree["stages"][:1]
+    tree["stages"][0]["data"] |= {
+        "train_json": [],
+        "mixture": [
+            {"name": "many", "files": [str(corpus / "train.json")]},
+            {"name": "few", "files": [str(corpus / "eval.json")], "weight": 0.5},
+        ],
+    }
+    run(tree, tmp_path / "whole")
+    expected = records(tmp_path / "whole")
+    taken = [ids for _, ids in read_ledger(tmp_path / "whole" / "ledger" / "align")]
+    few = 0
+    for record, ids in zip(expected, taken, strict=True):
+        few += sum(i.startswith("held-") for i in ids)
+        assert record["passes"] == {"many": (record["samples"] - few) / 40, "few": few / HELD_OUT}
+    assert abs(few - expected[-1]["samples"] / 3) <= 2
+
+    _as_if_killed(tmp_path / "whole", tmp_path / "run", stage="align", step=2)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    run(tree, tmp_path / "run")
+    for ours, theirs in zip(records(tmp_path / "run"), expected[2:], strict=True):
+        assert ours["loss"] == theirs["loss"]
+        assert ours["passes"] == theirs["passes"]
 
 
 @pytest.mark.slow  # one process goes on from two on another mesh by default (test_processes.py)

@@ -38,7 +38,6 @@ from llaso_jax.training.metrics import MetricsWriter
 from llaso_jax.training.optimizer import learning_rate_at
 from llaso_jax.training.run import check_vocabulary, initial_params, model_config
 from llaso_jax.training.state import Layout
-from llaso_jax.training.step import place_lanes
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +100,8 @@ def run_trial(spec: TrialSpec) -> Measured:
       NonFiniteLossError: a loss or gradient norm that is infinite or not a number.
     """
     cfg, stage = spec.config, planned_stage(spec.config, spec.stage)
+    # A step is tried with all of its parts, as it is planned.
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, encoder_cache=None))
     needed = math.prod(parse_mesh(spec.mesh).values())
     provide_cpu_devices(needed)
     mesh = make_mesh(spec.mesh, devices=jax.devices()[:needed])
@@ -146,7 +147,7 @@ def _measure(run: StageRun, steps: int) -> Measured:
     for number in range(1, steps + 1):
         batch = _next_batch(run, feed, steps)
         rate = np.float32(learning_rate_at(run.progress(), run.stage.optimizer))
-        arrays = place_lanes(batch.arrays, batch.count, run.stage.accumulation, run.place.layout)
+        arrays = run.place_batch(batch)
         shapes = tuple(array.shape for array in arrays.values())
         if shapes not in programs:
             started = time.perf_counter()

@@ -1,11 +1,12 @@
 """What the pipeline yields: the arrays the step takes, and what only people and logs need."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from llaso_jax.data.encoder_cache import EncoderCache
 from llaso_jax.data.packing import BatchShape, Row, assemble
 
 
@@ -23,6 +24,8 @@ class BatchStats:
         tokens_dropped: text cut off by `model_max_length`.
         quarantined: bad samples so far, over the whole run.
         epoch: share of the data read so far: 1.5 is half-way through the second pass.
+        chunks_to_encode: chunks in use whose features were looked for in an encoder cache and not found.
+        sources: samples of each source of the mixture; () without one.
     """
 
     samples: int
@@ -36,6 +39,8 @@ class BatchStats:
     tokens_dropped: int
     quarantined: int
     epoch: float
+    chunks_to_encode: int = 0
+    sources: tuple[int, ...] = ()
 
     @property
     def padding(self) -> float:
@@ -48,14 +53,17 @@ class Batch:
     """One step's data, or one lane of it.
 
     Attributes:
-        arrays: exactly the batch contract (see `packing.assemble`).
+        arrays: exactly the batch contract (see `packing.assemble`); with an encoder cache also
+            `features` [B, C, T, D] and `known` bool[B, C], which of them are there.
         sample_ids: of each row, in segment order.
         stats: counts for progress and logs.
+        missing: (row, chunk) -> name in the encoder cache, where features are not there.
     """
 
     arrays: dict[str, np.ndarray]
     sample_ids: tuple[tuple[str, ...], ...]
     stats: BatchStats
+    missing: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 def make_batch(
@@ -65,11 +73,20 @@ def make_batch(
     mel_frames: int,
     quarantined: int = 0,
     epoch: float = 0.0,
+    cache: EncoderCache | None = None,
+    sources: tuple[int, ...] = (),
 ) -> Batch:
-    """Assemble `rows` and count what is in them."""
+    """Assemble `rows` and count what is in them; features of their audio are looked for in `cache`."""
     samples = [sample for row in rows for sample in row.samples]
+    arrays = assemble(rows, shape, mel_frames=mel_frames)
+    missing: Mapping[tuple[int, int], str] = {}
+    if cache is not None:
+        arrays["features"], missing = cache.look_up(rows, shape, mel_frames=mel_frames)
+        arrays["known"] = np.ones(arrays["mel_frames"].shape, bool)
+        for place in missing:
+            arrays["known"][place] = False
     return Batch(
-        arrays=assemble(rows, shape, mel_frames=mel_frames),
+        arrays=arrays,
         sample_ids=tuple(tuple(s.sample_id for s in row.samples) for row in rows),
         stats=BatchStats(
             samples=len(samples),
@@ -83,14 +100,18 @@ def make_batch(
             tokens_dropped=sum(s.tokens_dropped for s in samples),
             quarantined=quarantined,
             epoch=epoch,
+            chunks_to_encode=len(missing),
+            sources=sources,
         ),
+        missing=missing,
     )
 
 
-def empty_batch(shape: BatchShape) -> Batch:
-    """A batch of padding only, for a lane whose data ends before the others'."""
+def empty_batch(shape: BatchShape, *, cache: EncoderCache | None = None, sources: int = 0) -> Batch:
+    """A batch of padding only, for a lane whose data ends before the others'; `sources`: of the mixture."""
     rows = [Row() for _ in range(shape.rows)]
-    return make_batch(rows, shape, mel_frames=shape.mel_buckets[-1])
+    none = (0,) * sources
+    return make_batch(rows, shape, mel_frames=shape.mel_buckets[-1], cache=cache, sources=none)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Settings of the data pipeline."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,12 +30,68 @@ class AudioLayout:
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """Training files that are drawn together, and how often.
+
+    Attributes:
+        name: in metrics and logs.
+        files: LLaSO-format files.
+        weight: share of the samples that are drawn, relative to the weights of the other sources.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("a source of `mixture` has an empty name")
+        if not self.files:
+            raise ConfigError(f"source {self.name!r} of `mixture` names no `files`")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"`weight` of source {self.name!r} of `mixture` is {self.weight}; a number above 0 is needed"
+            )
+
+
+@dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Masks on the log-mel features of training samples (SpecAugment, arXiv 1904.08779, its "LD" policy).
+
+    Attributes:
+        frequency_masks: masks over mel bins, of each chunk of audio.
+        frequency_width: bins of the widest; the width is drawn from 0 up to it.
+        time_masks: masks over frames, of each chunk.
+        time_width: mel frames (100 a second) of the longest; the length is drawn from 0 up to it.
+        time_share: longest mask as a share of the audio in the chunk.
+        except_tasks: tasks (`metadata.task` of a record) whose answers masks would falsify.
+    """
+
+    frequency_masks: int = 2
+    frequency_width: int = 27
+    time_masks: int = 2
+    time_width: int = 100
+    time_share: float = 0.2
+    except_tasks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("frequency_masks", "frequency_width", "time_masks", "time_width"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"`spec_augment.{name}` is {getattr(self, name)}; 0 or more is needed"
+                )
+        if not 0 <= self.time_share <= 1:
+            raise ConfigError(f"`spec_augment.time_share` is {self.time_share}; 0 to 1 is needed")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from, how they are read and what shape a batch has.
 
     Attributes:
         train_json: LLaSO-format files (JSON array or JSON lines) to train on.
-        eval_json: the same to evaluate on.
+        mixture: files to train on by weight, instead of `train_json`.
+        eval_json: files to evaluate on.
         data_root: folder that relative audio paths start at; None for each JSON file's own.
         index_dir: folder for record offsets; None for each JSON file's own.
         sequence_length: S, token positions of a row, audio included.
@@ -51,12 +108,17 @@ class DataConfig:
             More pack denser and take more memory (about 0.5 MB per 9 s of audio).
         shuffle: draw training samples in an order set by `seed` and epoch.
         seed: of the order of samples.
-        epochs: passes over the training data; None for no end.
+        epochs: passes over the training data; None for no end. Of a `mixture`, as many samples are
+            drawn as so many passes over all of its files have.
+        spec_augment: masks on the features of training samples; None for none.
         num_workers: worker processes that load samples; 0 loads in threads of this process.
         num_threads: loading threads, of each worker process where there are some.
         read_ahead: samples loaded before they are asked for, per worker process.
         feature_cache_mb: log-mel features kept in memory for the next epoch, in MB per loading
             process (a 1 s clip takes 0.03, 30 s of 128 bins 1.5); 0 keeps none.
+        encoder_cache: where outputs of a frozen speech encoder are kept for the next pass: a folder,
+            `auto` (the user's cache folder, where that pays) or None.
+        encoder_cache_gb: most that is kept there, in GB, of all encoders and data together.
         prefetch_batches: packed batches held ready.
         max_audio_seconds: longest audio file taken; None for no limit.
         audio_policy: what happens to longer ones: `error` (see `bad_sample_policy`) or `truncate`.
@@ -67,6 +129,7 @@ class DataConfig:
     """
 
     train_json: tuple[str, ...] = ()
+    mixture: tuple[MixtureSource, ...] = ()
     eval_json: tuple[str, ...] = ()
     data_root: str | None = None
     index_dir: str | None = None
@@ -81,10 +144,13 @@ class DataConfig:
     shuffle: bool = True
     seed: int = 0
     epochs: float | None = 1.0
+    spec_augment: SpecAugmentConfig | None = None
     num_workers: int = 0
     num_threads: int = 4
     read_ahead: int = 16
     feature_cache_mb: int = 0
+    encoder_cache: str | None = None
+    encoder_cache_gb: float = 50.0
     prefetch_batches: int = 2
     max_audio_seconds: float | None = 600.0
     audio_policy: AudioPolicy = "error"
@@ -96,7 +162,7 @@ class DataConfig:
         _need_positive(
             self,
             *("sequence_length", "rows", "lanes", "chunks_per_row", "answers_per_row", "window"),
-            *("epochs", "num_threads", "read_ahead", "max_audio_seconds"),
+            *("epochs", "num_threads", "read_ahead", "max_audio_seconds", "encoder_cache_gb"),
         )
         for name in (
             *("num_workers", "feature_cache_mb", "prefetch_batches"),
@@ -108,6 +174,15 @@ class DataConfig:
             raise ConfigError(
                 f"`max_quarantined_share` is {self.max_quarantined_share}; 0 to 1 is needed"
             )
+        if self.mixture and self.train_json:
+            raise ConfigError(
+                "`train_json` and `mixture` both name training files; give one of them"
+            )
+        names = [source.name for source in self.mixture]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"sources of `mixture` need different names, got {', '.join(names)}")
+        if self.encoder_cache == "":
+            raise ConfigError("`encoder_cache` is empty; a folder, `auto` or null is needed")
         buckets = self.mel_buckets
         if (
             not buckets
@@ -123,6 +198,15 @@ class DataConfig:
                 f"`window` is {self.window}, less than `rows` = {self.rows}: a batch takes no more "
                 "samples than are held, so rows would stay empty; give more, or null"
             )
+
+    @property
+    def training_files(self) -> tuple[str, ...]:
+        """Of `train_json`, or of all sources of the `mixture` in order."""
+        return self.train_json or tuple(file for source in self.mixture for file in source.files)
+
+    def total_samples(self, records: int) -> int | None:
+        """Samples that are drawn of so many records in `epochs`; None for no end."""
+        return None if self.epochs is None else max(1, round(self.epochs * records))
 
     @property
     def window_samples(self) -> int:

@@ -46,7 +46,7 @@ def load_index(json_file: Path, cache_dir: Path | None = None) -> np.ndarray:
         raise DataError(f"{json_file} cannot be read ({error}); `train_json` names it") from error
     key = f"{json_file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
     name = f"{json_file.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.idx"
-    beside = json_file.parent if os.access(json_file.parent, os.W_OK) else _user_cache()
+    beside = json_file.parent if os.access(json_file.parent, os.W_OK) else user_cache()
     index = (cache_dir or beside) / name
     if not index.exists():
         _write_index(json_file, index)
@@ -55,7 +55,8 @@ def load_index(json_file: Path, cache_dir: Path | None = None) -> np.ndarray:
     return np.memmap(index, np.dtype("<i8"), mode="r").reshape(-1, 2)
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """Where this user keeps what can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llaso_jax"
 
 

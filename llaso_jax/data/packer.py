@@ -5,7 +5,8 @@ restored packer reads those again by random access and goes on: the same batches
 """
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,8 @@ import grain
 
 from llaso_jax.data.batch import Batch, make_batch
 from llaso_jax.data.config import DataConfig
+from llaso_jax.data.encoder_cache import EncoderCache
+from llaso_jax.data.mixture import Turns
 from llaso_jax.data.packing import BatchShape, first_fit
 from llaso_jax.data.quarantine import Quarantine
 from llaso_jax.data.samples import BadSample, Sample
@@ -31,6 +34,8 @@ class SampleStream:
         read: makes a prefetching dataset of a MapDataset.
         samples_per_epoch: length of one pass.
         order: what else the order depends on ("seed 3", …): a state of another order is refused.
+        turns: which source of a mixture each sample is of.
+        augment: what is made of the sample at a position.
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class SampleStream:
         read: Callable[[grain.MapDataset], grain.IterDataset],
         samples_per_epoch: int,
         order: str,
+        turns: Turns | None = None,
+        augment: Callable[[Sample, int], Sample] = lambda sample, position: sample,
     ) -> None:
         self.samples = samples
         self.lane = lane
@@ -52,7 +59,15 @@ class SampleStream:
             "samples_per_epoch": samples_per_epoch,
             "lanes": lanes,
         }
-        self._read = read
+        self.augment = augment
+        self._read, self._turns = read, turns
+
+    def count_sources(self, positions: Iterable[int]) -> tuple[int, ...]:
+        """How many of the samples at `positions` are of each source of the mixture; () without one."""
+        if self._turns is None:
+            return ()
+        drawn = Counter(self._turns[position][0] for position in positions)
+        return tuple(drawn[source] for source in range(self._turns.sources))
 
     def open(self, start: int) -> grain.DatasetIterator | None:
         """Prefetching iterator over this lane's samples from position `start`; None at the end."""
@@ -70,10 +85,15 @@ class PackedBatches(grain.IterDataset):
     """
 
     def __init__(
-        self, stream: SampleStream, shape: BatchShape, config: DataConfig, quarantine: Quarantine
+        self,
+        stream: SampleStream,
+        shape: BatchShape,
+        config: DataConfig,
+        quarantine: Quarantine,
+        cache: EncoderCache | None = None,
     ) -> None:
         super().__init__()
-        self._args = (stream, shape, config, quarantine)
+        self._args = (stream, shape, config, quarantine, cache)
 
     def __iter__(self) -> "PackedBatchIterator":
         return PackedBatchIterator(*self._args)
@@ -86,11 +106,16 @@ class PackedBatchIterator(grain.DatasetIterator):
     """Iterator of `PackedBatches`, with `get_state` and `set_state` for checkpoints."""
 
     def __init__(
-        self, stream: SampleStream, shape: BatchShape, config: DataConfig, quarantine: Quarantine
+        self,
+        stream: SampleStream,
+        shape: BatchShape,
+        config: DataConfig,
+        quarantine: Quarantine,
+        cache: EncoderCache | None = None,
     ) -> None:
         super().__init__()
         self._stream, self._shape, self._config = stream, shape, config
-        self._quarantine = quarantine
+        self._quarantine, self._cache = quarantine, cache
         self._next = stream.lane
         self._window = math.ceil(config.window_samples / stream.lanes)
         self._read = self._quarantined = 0
@@ -111,6 +136,7 @@ class PackedBatchIterator(grain.DatasetIterator):
             [sample for _, sample in candidates], self._shape, packing=self._config.packing
         )
         taken = {candidates[i][0] for i in placed}
+        sources = self._stream.count_sources(self._pending[i][0] for i in taken)
         self._pending = [p for i, p in enumerate(self._pending) if i not in taken]
         return make_batch(
             rows,
@@ -118,6 +144,8 @@ class PackedBatchIterator(grain.DatasetIterator):
             mel_frames=bucket,
             quarantined=self._quarantined,
             epoch=min(self._next, len(self._stream.samples)) / self._stream.samples_per_epoch,
+            cache=self._cache,
+            sources=sources,
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -183,7 +211,8 @@ class PackedBatchIterator(grain.DatasetIterator):
         try:
             if isinstance(item, BadSample):
                 raise item.error
-            self._pending.append((position, self._shape.bucket(item), item))
+            bucket = self._shape.bucket(item)
+            self._pending.append((position, bucket, self._stream.augment(item, position)))
         except DataError as error:
             self._quarantine.reject(position, error)
             self._quarantined += 1

@@ -6,6 +6,7 @@ state = batches.get_state()   # JSON; or grain.checkpoint.CheckpointSave(batches
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,12 +16,15 @@ import grain
 from absl import flags
 
 from llaso_jax.data.config import AudioLayout, DataConfig
+from llaso_jax.data.encoder_cache import EncoderCache
+from llaso_jax.data.mixture import mix, source_sizes
 from llaso_jax.data.packer import PackedBatches, SampleStream
 from llaso_jax.data.packing import BatchShape
 from llaso_jax.data.prompt import LLASO_PROMPT, PromptConfig
 from llaso_jax.data.quarantine import Quarantine
 from llaso_jax.data.records import RecordSource
 from llaso_jax.data.samples import SampleLoader, SampleSource
+from llaso_jax.data.spec_augment import spec_augment
 from llaso_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,8 +42,9 @@ def make_pipeline(
 ) -> grain.IterDataset:
     """Batches of the `split`, as a Grain dataset of `llaso_jax.data.batch.Batch`.
 
-    The train split is shuffled by seed and epoch and repeated `epochs` times; the eval split is
-    read once, in order. Close its iterator when done: `it.close()` ends worker processes.
+    The train split is shuffled by seed and epoch and repeated `epochs` times, or mixed by weight
+    (`llaso_jax.data.mixture`). The eval split is read once, in order. Close its iterator when
+    done: `it.close()` ends worker processes.
 
     Args:
         config: files, shapes and policies; one lane. For the parts of a batch see `make_lanes`.
@@ -78,6 +83,7 @@ def make_lanes(
     layout: AudioLayout,
     prompt: PromptConfig = LLASO_PROMPT,
     quarantine_files: Mapping[int, Path],
+    cache: EncoderCache | None = None,
 ) -> dict[int, grain.IterDataset]:
     """Datasets of `Batch` of these `lanes`: each yields `rows` / `config.lanes` rows of every batch.
 
@@ -87,6 +93,7 @@ def make_lanes(
     Args:
         quarantine_files: by lane, where its bad samples are listed; those of other lanes are
             counted only, for another process that reads the same lane lists them.
+        cache: where features of the audio are looked for.
         (others): see `make_pipeline`.
     """
     loader = SampleLoader(
@@ -98,11 +105,19 @@ def make_lanes(
         feature_cache_mb=config.feature_cache_mb,
     )
     shape = BatchShape.of(config, layout, pad_id=loader.pad_id, lanes=config.lanes)
-    files = config.train_json if split == "train" else config.eval_json
+    files = config.training_files if split == "train" else config.eval_json
     records = RecordSource(files, data_root=config.data_root, index_dir=config.index_dir)
     if not len(records):
         raise DataError(f"{', '.join(files)} hold no records; `{split}_json` names them")
-    samples = _ordered(SampleSource(records, loader), config, split)
+    source, turns, masks = SampleSource(records, loader), None, {}
+    if split == "train" and config.mixture:
+        samples, turns = mix(source, records, config)
+    else:
+        samples = _ordered(source, config, split)
+    if split == "train" and config.spec_augment is not None:
+        masks["augment"] = functools.partial(
+            spec_augment, config=config.spec_augment, seed=config.seed
+        )
     share = _share(config, len(lanes))
     datasets: dict[int, grain.IterDataset] = {}
     for lane in lanes:
@@ -112,10 +127,12 @@ def make_lanes(
             lanes=config.lanes,
             read=lambda samples: _prefetched(samples, share),
             samples_per_epoch=len(records),
-            order=_order(config, split),
+            order=_order(config, split, records),
+            turns=turns,
+            **masks,
         )
         quarantine = Quarantine(config, quarantine_files.get(lane))
-        batches: grain.IterDataset = PackedBatches(stream, shape, config, quarantine)
+        batches: grain.IterDataset = PackedBatches(stream, shape, config, quarantine, cache)
         if config.prefetch_batches:
             batches = grain.experimental.ThreadPrefetchIterDataset(
                 batches, prefetch_buffer_size=config.prefetch_batches
@@ -136,9 +153,13 @@ def _share(config: DataConfig, lanes: int) -> DataConfig:
     )
 
 
-def _order(config: DataConfig, split: str) -> str:
+def _order(config: DataConfig, split: str, records: RecordSource) -> str:
     shuffled = split == "train" and config.shuffle
-    return f"{split}, shuffled by seed {config.seed}" if shuffled else f"{split}, in file order"
+    order = f"{split}, shuffled by seed {config.seed}" if shuffled else f"{split}, in file order"
+    if split == "train" and config.mixture:
+        parts = zip(config.mixture, source_sizes(config, records), strict=True)
+        order += ", mixed " + ", ".join(f"{s.name} {s.weight} of {size}" for s, size in parts)
+    return order
 
 
 def _ordered(samples: SampleSource, config: DataConfig, split: str) -> grain.MapDataset:
@@ -148,9 +169,9 @@ def _ordered(samples: SampleSource, config: DataConfig, split: str) -> grain.Map
         return dataset
     if config.shuffle:
         dataset = dataset.seed(config.seed).shuffle()
-    if config.epochs is None:
+    total = config.total_samples(len(samples))
+    if total is None:
         return dataset.repeat()
-    total = max(1, round(config.epochs * len(samples)))
     return dataset.repeat(math.ceil(total / len(samples))).slice(slice(total))
 
 

@@ -33,6 +33,12 @@ class Record:
     turns: tuple[Turn, ...]
     fields: dict[str, Any]
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its "metadata" (or "meta-data", as LLaSO's files have it): {} without."""
+        found = self.fields.get("metadata") or self.fields.get("meta-data")
+        return found if isinstance(found, dict) else {}
+
 
 class RecordSource:
     """A Grain random-access source over one or more JSON array or JSON-lines files.
@@ -57,7 +63,9 @@ class RecordSource:
         index_dir: str | Path | None = None,
     ) -> None:
         if not json_files:
-            raise DataError("no data file was given; `train_json` or `eval_json` must name some")
+            raise DataError(
+                "no data file was given; `train_json`, `mixture` or `eval_json` must name some"
+            )
         self._files = [Path(file) for file in json_files]
         self._data_root = None if data_root is None else Path(data_root)
         self._index_dir = None if index_dir is None else Path(index_dir)
@@ -77,6 +85,11 @@ class RecordSource:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def file_sizes(self) -> tuple[int, ...]:
+        """Records of each file."""
+        return tuple(map(len, self._indices))
 
     def __repr__(self) -> str:
         return f"RecordSource({[str(f) for f in self._files]}, records={len(self)})"

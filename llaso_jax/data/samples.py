@@ -40,6 +40,8 @@ class Sample:
         audio_seconds: audio used.
         seconds_dropped: audio past `max_audio_seconds`.
         tokens_dropped: text past `model_max_length`.
+        task: of its record's metadata, if it names one.
+        may_be_masked: False where the metadata say `"spec_augment": false`.
     """
 
     sample_id: str
@@ -53,6 +55,8 @@ class Sample:
     audio_seconds: float
     seconds_dropped: float
     tokens_dropped: int
+    task: str | None = None
+    may_be_masked: bool = True
 
     def prompt(self) -> "Sample":
         """What generation starts from: everything before the last answer, nothing supervised."""
@@ -117,7 +121,12 @@ class SampleLoader:
             audios = self._features.read(record.voices)
         except DataError as error:
             raise error.located(sample_id=record.sample_id, position=record.position)  # noqa: B904
-        return join(prompt, audios, self._layout, pad_id=self.pad_id, sample_id=record.sample_id)
+        sample = join(prompt, audios, self._layout, pad_id=self.pad_id, sample_id=record.sample_id)
+        return replace(
+            sample,
+            task=record.metadata.get("task"),
+            may_be_masked=record.metadata.get("spec_augment") is not False,
+        )
 
 
 class SampleSource:

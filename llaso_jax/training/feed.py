@@ -18,7 +18,7 @@ from llaso_jax.training.ledger import DIGEST_BITS, sample_digest
 
 # What every process hands in for each batch: sums of its own lanes, and whether it was asked to stop.
 _SIGNALS = ("SIGTERM", "SIGINT")
-_COUNTS = ("samples", "tokens", "answers", "chunks", "tokens_dropped")
+_COUNTS = ("samples", "tokens", "answers", "chunks", "tokens_dropped", "chunks_to_encode")
 _SECONDS = ("audio_seconds", "seconds_dropped")  # in milliseconds
 _LIMB_BITS = 16  # of the digest in one counter: sums over 65,536 processes do not overflow
 _LIMBS = DIGEST_BITS // _LIMB_BITS
@@ -95,6 +95,7 @@ class Feed:
         """
         self._lanes, self._count, self._owned = lanes, count, owned
         self._empty, self._tally, self._requested = empty, tally, requested
+        self._sources = len(empty.stats.sources)
         self._positions = self._where()
         self._ahead: _Fetched | None = None
 
@@ -151,6 +152,7 @@ class Feed:
                 quarantined,
                 *(total(name) for name in _COUNTS),
                 *(total(name, 1000) for name in _SECONDS),
+                *(sum(batch.stats.sources[i] for batch in batches) for i in range(self._sources)),
                 *np.frombuffer(limbs, np.uint16),
             ],
             np.uint32,
@@ -159,7 +161,8 @@ class Feed:
     def _unpack(self, counters: np.ndarray, here: dict[int, Batch]) -> tuple[BatchStats, int]:
         quarantined, *values = counters[1 + len(_SIGNALS) :].tolist()
         counts, rest = values[: len(_COUNTS)], values[len(_COUNTS) :]
-        seconds, limbs = rest[: len(_SECONDS)], rest[len(_SECONDS) :]
+        seconds, rest = rest[: len(_SECONDS)], rest[len(_SECONDS) :]
+        sources, limbs = rest[: self._sources], rest[self._sources :]
         assert len(limbs) == _LIMBS
         digest = sum(limb << _LIMB_BITS * i for i, limb in enumerate(limbs)) % 2**DIGEST_BITS
         some = next(iter(here.values())).stats
@@ -170,6 +173,7 @@ class Feed:
             token_capacity=some.token_capacity * self._count,
             chunk_capacity=some.chunk_capacity * self._count,
             epoch=max(batch.stats.epoch for batch in here.values()),
+            sources=tuple(sources),
         )
         return stats, digest
 

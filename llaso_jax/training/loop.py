@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from llaso_jax.config import (
     StageConfig,
 )
 from llaso_jax.data.batch import PipelineStats
+from llaso_jax.data.config import DataConfig
 from llaso_jax.data.prompt import PromptConfig
 from llaso_jax.data.samples import SampleLoader
 from llaso_jax.data.tokenizer import eos_token_ids
@@ -29,9 +31,11 @@ from llaso_jax.inference.prompts import layout_of
 from llaso_jax.modeling.flops import train_flops
 from llaso_jax.modeling.functional import Params, merge
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
+from llaso_jax.training.cache_choice import open_cache
 from llaso_jax.training.checkpoint import StageCheckpoints
 from llaso_jax.training.ctc_validation import CTCValidator
 from llaso_jax.training.feed import GlobalBatch
+from llaso_jax.training.frozen_encoder import FrozenEncoder, encoder_identity
 from llaso_jax.training.interrupt import StopRequest
 from llaso_jax.training.metrics import MetricsWriter, peak_flops
 from llaso_jax.training.objective import model_part, objective_of, stage_scales
@@ -39,7 +43,7 @@ from llaso_jax.training.optimizer import learning_rate_at, make_optimizer, train
 from llaso_jax.training.report import StepBar
 from llaso_jax.training.stage_data import StageData
 from llaso_jax.training.state import Layout, TrainState, create_state, split_params, zero_params
-from llaso_jax.training.step import StepMetrics, make_train_step, place_lanes
+from llaso_jax.training.step import Batch, StepMetrics, make_train_step, place_lanes
 from llaso_jax.training.validation import SCORES, Report, Validator
 
 logger = logging.getLogger(__name__)
@@ -148,7 +152,25 @@ class StageRun:
             tokenizer=place.tokenizer,
             audio=layout_of(place.model),
             prompt=place.prompt,
+            open_cache=functools.partial(
+                open_cache,
+                stage,
+                model=place.model,
+                compute=compute,
+                scales=scales,
+                loader=self._loader(stage.data),
+                identity=lambda: encoder_identity(place.model, compute, self.params()),
+            ),
         )
+        self.encoder: FrozenEncoder | None = None
+        if self.data.cache is not None:
+            self.encoder = FrozenEncoder(
+                place.model,
+                compute,
+                place.layout,
+                self.data.cache,
+                accumulation=stage.accumulation,
+            )
         self.step = self.samples = self.unaligned = 0
         self.stats, self.steps_timed = PipelineStats(), 0
         self.before = before
@@ -196,9 +218,7 @@ class StageRun:
                 if batch is None:
                     break
                 rate = learning_rate_at(self.progress(), self.stage.optimizer)
-                arrays = place_lanes(
-                    batch.arrays, batch.count, self.stage.accumulation, self.place.layout
-                )
+                arrays = self.place_batch(batch)
                 self.state, metrics = self.train_step(
                     self.state, self.frozen, arrays, np.float32(rate)
                 )
@@ -222,6 +242,8 @@ class StageRun:
                         f"Run the same command again to continue from there."
                     )
             self._report(pending, bar)
+        if self.encoder is not None:
+            self.encoder.keep()
         self._save(checkpoints)
 
     # --- parts ----------------------------------------------------------------------------------
@@ -229,6 +251,12 @@ class StageRun:
     def params(self) -> Params:
         """All parameters of the model as they stand, trained and frozen."""
         return merge(model_part(self.state.trainable), self.frozen)
+
+    def place_batch(self, batch: GlobalBatch) -> Batch:
+        """What the step takes of `batch`, on the devices; all processes have to call it."""
+        if self.encoder is not None:
+            return self.encoder.place(self.params(), batch)
+        return place_lanes(batch.arrays, batch.count, self.stage.accumulation, self.place.layout)
 
     def progress(self) -> float:
         """Share of the stage that is done, 0..1."""
@@ -263,20 +291,13 @@ class StageRun:
         data, cfg = self.data.config, self.stage.evaluation
         if not data.eval_json:
             return None
-        loader = SampleLoader(
-            self.place.tokenizer,
-            prompt=self.place.prompt,
-            layout=layout_of(self.place.model),
-            max_audio_seconds=data.max_audio_seconds,
-            audio_policy=data.audio_policy,
-        )
         if self.stage.objective == "ctc":
             return CTCValidator(
                 self.place.model,
                 self.compute,
                 self.place.layout,
                 data,
-                loader,
+                self._loader(data),
                 self.place.tokenizer,
                 max_samples=cfg.max_samples,
                 ctc=self.stage.ctc,
@@ -286,12 +307,21 @@ class StageRun:
             self.compute,
             self.place.layout,
             data,
-            loader,
+            self._loader(data),
             self.place.tokenizer,
             eos_token_id=eos_token_ids(self.place.tokenizer),
             max_samples=cfg.max_samples,
             max_new_tokens=cfg.max_new_tokens,
             batch_rows=cfg.batch_rows,
+        )
+
+    def _loader(self, data: DataConfig) -> SampleLoader:
+        return SampleLoader(
+            self.place.tokenizer,
+            prompt=self.place.prompt,
+            layout=layout_of(self.place.model),
+            max_audio_seconds=data.max_audio_seconds,
+            audio_policy=data.audio_policy,
         )
 
     def _validate(self, validate: Validate) -> Report:
@@ -341,6 +371,10 @@ class StageRun:
         if self.stage.objective == "ctc":
             self._count_unaligned(int(done.metrics.unaligned), done.number)
             values["unaligned"] = self.unaligned
+        if self.data.sources:
+            values["passes"] = self.data.passes(before=newer.batch if newer else None)
+        if self.encoder is not None:
+            values["chunks_encoded"] = done.batch.stats.chunks_to_encode
         self.steps_timed += 1
         mfu = self._mfu(done.batch, seconds / self.steps_timed)
         if mfu is not None:
@@ -382,6 +416,7 @@ class StageRun:
             trains_encoder=self.trains_encoder,
             trains_decoder=self.trains_decoder,
             classes=self.objective.classes(self.place.model, answers),
+            runs_encoder=self.encoder is None or batch.stats.chunks_to_encode > 0,
         )
         return flops / seconds / (peak * len(devices))
 

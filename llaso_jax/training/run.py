@@ -41,6 +41,8 @@ FREE_ON_RESUME = (
     "num_threads",
     "read_ahead",
     "feature_cache_mb",
+    "encoder_cache",
+    "encoder_cache_gb",
     "prefetch_batches",
     "index_dir",
 )

@@ -1,6 +1,7 @@
 """The training data of one stage on this process: which lanes it reads, where they stand, what was taken."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import jax
 
 from llaso_jax.config import StageConfig, resolve_data
 from llaso_jax.data.batch import empty_batch
-from llaso_jax.data.config import AudioLayout
+from llaso_jax.data.config import AudioLayout, DataConfig
+from llaso_jax.data.encoder_cache import EncoderCache
+from llaso_jax.data.mixture import source_sizes
 from llaso_jax.data.packing import BatchShape
 from llaso_jax.data.pipeline import make_lanes
 from llaso_jax.data.prompt import PromptConfig
@@ -27,6 +30,8 @@ class StageData:
 
     Attributes:
       config: the stage's data settings, paths resolved.
+      sources: records of each source of the mixture, by name.
+      cache: where outputs of the stage's frozen encoder are kept, if they are.
       total_samples: of the whole stage: what progress is measured in where no max_steps is set.
     """
 
@@ -39,8 +44,9 @@ class StageData:
         tokenizer: Any,
         audio: AudioLayout,
         prompt: PromptConfig,
+        open_cache: Callable[[DataConfig, RecordSource], EncoderCache | None],
     ) -> None:
-        """`output`: the run's folder; `audio`: what the model takes of it.
+        """`output`: the run's folder; `audio`: what the model takes of it; `open_cache`: decides on `cache`.
 
         Raises:
           DataError: data files that are missing, malformed or empty.
@@ -51,10 +57,15 @@ class StageData:
         indexed = f"{stage.name}: data files indexed"
         if not is_first_process():
             wait_for_all(indexed)
-        records = RecordSource(data.train_json, data_root=data.data_root, index_dir=data.index_dir)
+        records = RecordSource(
+            data.training_files, data_root=data.data_root, index_dir=data.index_dir
+        )
         if is_first_process():
             wait_for_all(indexed)
-        self.total_samples = max(1, round((data.epochs or 1) * len(records)))
+        self.total_samples = data.total_samples(len(records)) or len(records)
+        sizes = source_sizes(data, records)
+        self.sources = {source.name: size for source, size in zip(data.mixture, sizes, strict=True)}
+        self.cache = open_cache(data, records)
 
         held, self._owned = _lanes(stage, layout)
         part = ".{}" if data.lanes > 1 else ""
@@ -69,11 +80,14 @@ class StageData:
                 lane: output / f"quarantine_{stage.name}{part.format(lane)}.jsonl"
                 for lane in self._owned
             },
+            cache=self.cache,
         )
         self._lanes = {lane: iter(dataset) for lane, dataset in datasets.items()}
         pad_id = int(tokenizer.pad_token_id)
-        self._empty = empty_batch(BatchShape.of(data, audio, pad_id=pad_id, lanes=data.lanes))
+        shape = BatchShape.of(data, audio, pad_id=pad_id, lanes=data.lanes)
+        self._empty = empty_batch(shape, cache=self.cache, sources=len(data.mixture))
         self._ledger = Ledger(output / "ledger" / stage.name, lanes=data.lanes, owned=self._owned)
+        self._drawn: Counter[str] = Counter()  # samples of each source of the mixture
         self._feed: Feed | None = None
 
     def feed(self, requested: Callable[[], str | None]) -> Feed:
@@ -91,15 +105,24 @@ class StageData:
     def note(self, step: int, batch: GlobalBatch) -> None:
         """Enter the samples of `step` in the ledger."""
         self._ledger.add(step, batch.lane_samples(), batch.digest)
+        self._drawn.update(dict(zip(self.sources, batch.stats.sources, strict=True)))
+
+    def passes(self, *, before: GlobalBatch | None = None) -> dict[str, float]:
+        """How often each source of the mixture was seen; `before`: the batch noted last, which is not to count."""
+        drawn = self._drawn.copy()
+        if before is not None:
+            drawn.subtract(dict(zip(self.sources, before.stats.sources, strict=True)))
+        return {name: drawn[name] / size for name, size in self.sources.items()}
 
     def progress(self) -> dict[str, Any]:
-        """JSON for a checkpoint: place in the data and hash of the ledger, which is on disk then.
+        """JSON for a checkpoint: place in the data, samples of each source, hash of the ledger, which is on disk then.
 
         The same for any number of processes; all of them have to call it.
         """
         assert self._feed is not None
         self._ledger.flush()
-        return {"data": self._feed.position(), "ledger": self._ledger.hash}
+        position = self._feed.position()
+        return {"data": position, "ledger": self._ledger.hash, "drawn": dict(self._drawn)}
 
     def begin(self) -> None:
         """Start at the first step, with an empty ledger."""
@@ -115,6 +138,7 @@ class StageData:
             self._ledger.check(step, progress["ledger"])
         wait_for_all(f"{self._name}: ledger checked")
         self._ledger.open(step, progress["ledger"])
+        self._drawn = Counter(progress.get("drawn", {}))
         for lane, batches in self._lanes.items():
             batches.set_state(progress["data"][str(lane)])
 

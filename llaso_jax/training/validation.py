@@ -207,8 +207,7 @@ class Validator:
 
 
 def _held_out(record: Any, loader: SampleLoader, *, whole: bool) -> HeldOut:
-    metadata = record.fields.get("metadata") or record.fields.get("meta-data") or {}
-    metadata = metadata if isinstance(metadata, dict) else {}
+    metadata = record.metadata
     labels = metadata.get("labels")
     task = str(metadata.get("task", "ASR"))
     answers = [turn.text.strip() for turn in record.turns if turn.role == "gpt"]
