@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
-import gzip
 import hashlib
 import io
 import itertools
@@ -24,7 +23,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -36,11 +34,15 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from llaso_jax.data.prompt import PURE_AUDIO_TEXT
+from llaso_jax.errors import DataError
+from llaso_jax.preparation.asterisk import HELD_OUT_WORDS, read_prompts, unpack
+from llaso_jax.preparation.records import ASR_TEMPLATES, write_records
+
 RATE = 16_000
 SEED = 2508_15418  # every random choice derives from this and a name
 COMPRESSION = 0.975  # libsndfile's Opus scale: 6 kbit/s + (1 - level) * 250 kbit/s = 12 kbit/s
 MAX_SECONDS = 1.6  # the mel buckets of the quickstart end at 160 frames
-MAX_WORDS = 3  # Asterisk prompts of four words or more are held out
 SILENCE = 0.01  # of the peak: what is trimmed at both ends
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "llaso_jax" / "data" / "mini"
 
@@ -84,14 +86,6 @@ TRAIN_RATES, EVAL_RATES = (175, 190, 205, 220), (182, 198, 212)
 TRAIN_PITCHES, EVAL_PITCHES = (35, 45, 55, 65), (40, 50, 60)
 
 # ---------------------------------------------------------------------------------- the tasks
-ASR_TEMPLATES = [
-    "Transcribe the audio.", "Transcribe this speech.", "Transcribe what you hear.",
-    "Transcribe the recording.", "Please transcribe.", "Transcribe the words.",
-    "Write the words.", "Write what you hear.", "Write down the speech.",
-    "Write the spoken words.", "Please write the transcript.", "Write the transcript.",
-    "Give the transcript.", "Give the spoken words.", "Give the words you hear.",
-    "Repeat the words.", "Repeat what you hear.", "Repeat the speech.",
-]  # fmt: skip
 TEMPLATES = {
     "SCR": ["Which command is spoken?", "Name the spoken command.", "Recognize the command."],
     "IP": ["What is the intent?", "Name the intent.", "Classify the intent of the speaker."],
@@ -102,7 +96,6 @@ TEMPLATES = {
     "SSD": ["Is the voice human or synthetic?", "Human or synthetic?", "Detect synthetic speech."],
     "SV": ["Same or different speaker?", "Verify the speaker.", "Do the speakers match?"],
 }
-PURE_AUDIO = "Please listen to the audio and answer the question.<audio>"
 INTENTS = ["activate", "deactivate", "open", "close"]
 SAME = {"male": "same man", "female": "same woman"}
 # task -> records in (instruct_train, eval); ASR is counted by clips below.
@@ -287,39 +280,17 @@ def ogg_crc(data: bytes) -> int:
 
 
 # ---------------------------------------------------------------------------------- human clips
-def unpack_asterisk(sources: Sequence[Path], scratch: Path) -> Path:
-    """A folder that holds the content of the two packages (given unpacked, or as .deb files)."""
-    if len(sources) == 1 and sources[0].is_dir():
-        return sources[0]
-    for source in sources:
-        if not source.is_file():
-            raise SystemExit(f"--asterisk: {source} is neither a folder nor a .deb file")
-        subprocess.run(["dpkg", "-x", str(source), str(scratch)], check=True)
-    return scratch
-
-
 def human_prompts(root: Path) -> list[tuple[str, str, Path]]:
     """(name, normalised text, file) of every prompt that may be used: one to three plain words."""
-    transcripts = sorted(root.rglob("core-sounds-en.txt.gz"))
-    sounds = sorted(root.rglob("en_US_f_Allison"))
-    if not transcripts or not sounds:
-        raise SystemExit(
-            f"--asterisk: {root} holds no core-sounds-en.txt.gz or no en_US_f_Allison folder; give "
-            "both asterisk-core-sounds-en and asterisk-core-sounds-en-wav (1.6.1)"
-        )
     prompts = []
-    for line in gzip.decompress(transcripts[0].read_bytes()).decode("utf-8").splitlines():
-        name, colon, said = line.partition(": ")
-        if line.startswith(";") or not colon or name.startswith(("letters/", "spy-")):
+    for prompt in read_prompts(root):
+        if prompt.name.startswith(("letters/", "spy-")) or prompt.words >= HELD_OUT_WORDS:
             continue
-        words = said.lower().replace("-", " ").split()
-        if not 1 <= len(words) <= MAX_WORDS:  # a hyphen separates: the careful count
-            continue
+        words = prompt.text.lower().replace("-", " ").split()
         text = " ".join(word.strip(".,!?") for word in words)
-        file = sounds[0] / f"{name}.wav"
-        if re.fullmatch(r"[a-z']+( [a-z']+)*", text) and file.is_file():
-            prompts.append((name, text, file))
-    return sorted(prompts)
+        if re.fullmatch(r"[a-z']+( [a-z']+)*", text):
+            prompts.append((prompt.name, text, prompt.file))
+    return prompts
 
 
 def forms(text: str) -> set[str]:
@@ -570,7 +541,9 @@ def task_records(task: str, clips: list[Clip], count: int, split: str) -> list[d
             out.append(record("AQA", [clip], value, facts[clip.facts["asks"]], labels))
     elif task == "AQA_a":
         for clip in cycle(choose, with_fact("answer"), count, lambda c: c.text):
-            out.append(record("AQA", [clip], PURE_AUDIO, clip.facts["answer"], DIGITS))
+            out.append(
+                record("AQA", [clip], PURE_AUDIO_TEXT + "<audio>", clip.facts["answer"], DIGITS)
+            )
     else:
         raise ValueError(f"unknown task {task!r}")
     return out
@@ -738,12 +711,6 @@ def write_manifest(clips: list[Clip], path: Path) -> None:
             writer.writerow([getattr(clip, column) for column in columns.split()])
 
 
-def write_json(records: list[dict], path: Path) -> None:
-    """An array with one record per line."""
-    lines = (json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in records)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -760,14 +727,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
     with tempfile.TemporaryDirectory() as scratch:
-        human = human_clips(unpack_asterisk(arguments.asterisk, Path(scratch)))
+        try:
+            human = human_clips(unpack(arguments.asterisk, Path(scratch)))
+        except DataError as error:
+            raise SystemExit(f"--asterisk: {error}") from error
     for folder in ("audio", "tokenizer"):
         shutil.rmtree(output / folder, ignore_errors=True)
     clips = [clip for clip, _ in human] + synthetic_plan()
     clips = write_audio(clips, {id(clip): sound for clip, sound in human}, output)
     splits = build_records(clips)
     for name, records in splits.items():
-        write_json(records, output / f"{name}.json")
+        write_records(records, output / f"{name}.json")
     write_manifest(clips, output / "manifest.csv")
     build_tokenizer(splits, output / "tokenizer")
     for name, records in splits.items():

@@ -219,9 +219,9 @@ def test_missing_espeak_is_explained(builder, monkeypatch):
 
 def test_missing_asterisk_packages_are_explained(builder, tmp_path):
     with pytest.raises(SystemExit, match="asterisk-core-sounds-en-wav"):
-        builder.human_prompts(builder.unpack_asterisk([tmp_path], tmp_path))
+        builder.main(["--asterisk", str(tmp_path), "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="neither a folder nor"):
-        builder.unpack_asterisk([tmp_path / "absent.deb"], tmp_path)
+        builder.main(["--asterisk", str(tmp_path / "absent.deb"), "--output", str(tmp_path)])
 
 
 def test_help_says_what_is_needed(builder, capsys):
