@@ -14,6 +14,7 @@ from llaso_jax.data.records import RecordSource
 from llaso_jax.errors import ConfigError
 from llaso_jax.evaluation.answering.questions import load_questions
 from llaso_jax.preparation import mini
+from llaso_jax.preparation.grams import RUN, words_of
 from llaso_jax.preparation.mini import FILES, Made, MiniSettings, build, records_of
 from llaso_jax.preparation.records import asr_record, write_records
 from llaso_jax.preparation.texts import read_texts
@@ -152,7 +153,7 @@ def test_instruct_has_recognition_of_the_clips_that_nothing_else_is_asked_about(
 
 def test_texts_of_held_out_files_are_not_spoken(tmp_path):
     said = [u.text for clip in mini.plan_of(SMALL).clips for u in clip.spec.utterances]
-    long = [text for text in said if len(text.split()) >= 6]
+    long = [text for text in said if len(words_of(text)) >= RUN]
     held_out = write_records(
         [asr_record(f"e{i}", "x.wav", "?", text) for i, text in enumerate(long)],
         tmp_path / "held.json",
