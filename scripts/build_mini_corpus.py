@@ -6,7 +6,7 @@ ones are held out by the whole project and are never read), and espeak-ng voices
 closed grammar of about fifty words. Texts, voices and records are the same in every build; see
 docs/mini-corpus.md for what is not.
 
-    pip install espeakng-loader==0.2.4
+    pip install -e '.[tts]'
     apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
     python scripts/build_mini_corpus.py --asterisk asterisk-core-sounds-en*.deb
 """
@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import hashlib
-import io
 import itertools
 import json
 import random
@@ -38,12 +36,15 @@ from llaso_jax.data.prompt import PURE_AUDIO_TEXT
 from llaso_jax.errors import DataError
 from llaso_jax.preparation.asterisk import HELD_OUT_WORDS, read_prompts, unpack
 from llaso_jax.preparation.records import ASR_TEMPLATES, write_records
+from llaso_jax.speech.audio_file import encode
+from llaso_jax.speech.errors import SpeechError
+from llaso_jax.speech.espeak import EspeakLibrary
+from llaso_jax.speech.samples import SAMPLE_RATE, trim
 
-RATE = 16_000
+RATE = SAMPLE_RATE
 SEED = 2508_15418  # every random choice derives from this and a name
-COMPRESSION = 0.975  # libsndfile's Opus scale: 6 kbit/s + (1 - level) * 250 kbit/s = 12 kbit/s
+KBITS = 12.25  # of Opus
 MAX_SECONDS = 1.6  # the mel buckets of the quickstart end at 160 frames
-SILENCE = 0.01  # of the peak: what is trimmed at both ends
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "llaso_jax" / "data" / "mini"
 
 # ---------------------------------------------------------------------------------- the grammar
@@ -152,59 +153,7 @@ def rng(*names: object) -> random.Random:
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
-# ---------------------------------------------------------------------------------- espeak-ng
-class Espeak:
-    """The few calls of libespeak-ng that are needed, through ctypes."""
-
-    RATE_PARAMETER, PITCH_PARAMETER = 1, 3
-
-    def __init__(self) -> None:
-        try:
-            import espeakng_loader  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise SystemExit(
-                "build_mini_corpus needs the espeak-ng library for its synthetic voices, and the "
-                "module espeakng_loader is not installed: pip install espeakng-loader==0.2.4 "
-                "(or pip install 'llaso-jax[tts]')"
-            ) from error
-        self.lib = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-        home = str(Path(espeakng_loader.get_data_path()).parent).encode()
-        self.rate = self.lib.espeak_Initialize(2, 0, home, 0)  # 2: synchronous, to a callback
-        if self.rate <= 0:
-            raise SystemExit(f"espeak-ng did not start with the data in {home.decode()}")
-        self.chunks: list[np.ndarray] = []
-        kind = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )
-        self.callback = kind(self._collect)  # kept alive by self
-        self.lib.espeak_SetSynthCallback(self.callback)
-
-    def _collect(self, samples, count: int, _events) -> int:
-        if samples and count > 0:
-            self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def speak(self, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
-        """Mono float32 samples at 16 kHz."""
-        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise SystemExit(f"this espeak-ng has no voice {voice!r}")
-        self.lib.espeak_SetParameter(self.RATE_PARAMETER, rate, 0)
-        self.lib.espeak_SetParameter(self.PITCH_PARAMETER, pitch, 0)
-        self.chunks.clear()
-        data = text.encode() + b"\0"
-        self.lib.espeak_Synth(data, len(data), 0, 0, 0, 1, None, None)
-        self.lib.espeak_Synchronize()
-        sound = np.concatenate(self.chunks).astype(np.float32) / 32768
-        return soxr.resample(sound, self.rate, RATE)
-
-
 # ---------------------------------------------------------------------------------- audio
-def trim(sound: np.ndarray) -> np.ndarray:
-    """Without the silence at both ends."""
-    loud = np.flatnonzero(np.abs(sound) > SILENCE * np.abs(sound).max())
-    return sound[loud[0] : loud[-1] + 1]
-
-
 def same_take(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two recordings are one, at whatever level and shift (0.9 correlation)."""
     size = len(first) + len(second)
@@ -224,59 +173,6 @@ def finish(sound: np.ndarray, seed: int, band: str) -> np.ndarray:
     sound = np.clip(sound, -0.98, 0.98)
     head, tail = (int(choose.uniform(0.02, 0.06) * RATE) for _ in range(2))
     return np.pad(sound, (head, tail)).astype(np.float32)
-
-
-def encode_opus(sound: np.ndarray, serial: int) -> bytes:
-    """Ogg Opus bytes that depend on the samples and `serial` only."""
-    buffer = io.BytesIO()
-    sf.write(buffer, sound, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION)
-    return stable_ogg(buffer.getvalue(), serial)
-
-
-def stable_ogg(data: bytes, serial: int) -> bytes:
-    """Rewrite an Ogg Opus stream with a given serial number (libsndfile draws one from the clock)
-    and a tags page without its 800 bytes of padding, which would be a third of a short clip."""
-    tags = b"OpusTags" + (7).to_bytes(4, "little") + b"libopus" + (0).to_bytes(4, "little")
-    out, at, page = bytearray(), 0, 0
-    while at < len(data):
-        segments = data[at + 26]
-        table = data[at + 27 : at + 27 + segments]
-        body_at = at + 27 + segments
-        body = data[body_at : body_at + sum(table)]
-        header = bytearray(data[at : at + 27])
-        at = body_at + len(body)
-        if body.startswith(b"OpusTags"):
-            table, body = bytes([len(tags)]), tags
-            header[26] = 1
-        header[14:18] = serial.to_bytes(4, "little")
-        header[18:22] = page.to_bytes(4, "little")
-        header[22:26] = bytes(4)
-        checksum = ogg_crc(bytes(header) + table + body)
-        header[22:26] = checksum.to_bytes(4, "little")
-        out += header + table + body
-        page += 1
-    return bytes(out)
-
-
-def _crc_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 24
-        for _ in range(8):
-            value = (value << 1) ^ 0x04C11DB7 if value & 0x80000000 else value << 1
-        table.append(value & 0xFFFFFFFF)
-    return table
-
-
-CRC_TABLE = _crc_table()
-
-
-def ogg_crc(data: bytes) -> int:
-    """The checksum of an Ogg page (RFC 3533), its own field counted as zero."""
-    value = 0
-    for byte in data:
-        value = ((value << 8) & 0xFFFFFFFF) ^ CRC_TABLE[(value >> 24) ^ byte]
-    return value
 
 
 # ---------------------------------------------------------------------------------- human clips
@@ -671,14 +567,19 @@ def build_tokenizer(splits: dict[str, list[dict]], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------- all of it
-def write_audio(clips: list[Clip], sounds: dict[int, np.ndarray], output: Path) -> list[Clip]:
-    """Synthesise, encode and write every clip; those that are too long are left out and named."""
-    espeak = Espeak()
+def write_audio(
+    clips: list[Clip], sounds: dict[int, np.ndarray], output: Path, espeak: EspeakLibrary
+) -> list[Clip]:
+    """Synthesise, encode and write every clip; those that are too long are left out and named.
+
+    One library speaks all of them, in this order: the shipped recordings were made so, and what
+    espeak-ng says depends a little on what it said before.
+    """
     kept = []
     numbers: Counter[str] = Counter()
     for clip in clips:
         if clip.source == "synthetic":
-            sound = espeak.speak(clip.text, clip.voice, clip.rate, clip.pitch)
+            sound = espeak.say(clip.text, clip.voice, rate=clip.rate, pitch=clip.pitch)
         else:
             sound = sounds[id(clip)]
         sound = finish(sound, clip.seed, clip.band)
@@ -689,7 +590,7 @@ def write_audio(clips: list[Clip], sounds: dict[int, np.ndarray], output: Path) 
         folder = "human" if clip.source == "human" else clip.voice.replace("+", "-")
         numbers[folder] += 1
         clip.path = f"audio/{folder}/{numbers[folder]:03d}.opus"
-        data = encode_opus(sound, serial=clip.seed)
+        data = encode(sound, ".opus", serial=clip.seed, kbits=KBITS)
         clip.sha256 = hashlib.sha256(data).hexdigest()
         (output / clip.path).parent.mkdir(parents=True, exist_ok=True)
         (output / clip.path).write_bytes(data)
@@ -726,15 +627,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
-    with tempfile.TemporaryDirectory() as scratch:
+    try:
+        espeak = EspeakLibrary()
+    except SpeechError as error:
+        raise SystemExit(f"build_mini_corpus: {error}") from error
+    with espeak, tempfile.TemporaryDirectory() as scratch:
         try:
             human = human_clips(unpack(arguments.asterisk, Path(scratch)))
         except DataError as error:
             raise SystemExit(f"--asterisk: {error}") from error
-    for folder in ("audio", "tokenizer"):
-        shutil.rmtree(output / folder, ignore_errors=True)
-    clips = [clip for clip, _ in human] + synthetic_plan()
-    clips = write_audio(clips, {id(clip): sound for clip, sound in human}, output)
+        for folder in ("audio", "tokenizer"):
+            shutil.rmtree(output / folder, ignore_errors=True)
+        clips = [clip for clip, _ in human] + synthetic_plan()
+        clips = write_audio(clips, {id(clip): sound for clip, sound in human}, output, espeak)
     splits = build_records(clips)
     for name, records in splits.items():
         write_records(records, output / f"{name}.json")
