@@ -79,7 +79,8 @@ PLACE_FORMS = (
     "Write ten short voice messages that people leave at a {topic}.",
 )
 SENTENCE = re.compile(r"[A-Z][A-Za-z']*(?:,? [A-Za-z][A-Za-z']*(?:-[A-Za-z]+)*)+[.?!]")
-PHRASE = re.compile(r"[A-Z][A-Za-z']*(?: [A-Za-z][A-Za-z']*)+")
+PHRASE = re.compile(r"[A-Za-z][A-Za-z']*(?: [A-Za-z][A-Za-z']*)+")
+CLAUSE = re.compile(r"[,;:] | (?=because |which |so that |while |when |and then |but )")
 UNFIT_ENDS = (
     "a an and as at but by for from in into is of on or our that the their to was with your"
 )
@@ -102,7 +103,8 @@ def prompts(choose: random.Random) -> list[str]:
 
 
 def candidates(answer: str) -> Iterator[str]:
-    """What may be a sentence or a phrase: the lines of an answer, cut at the ends of sentences.
+    """What may be a sentence or a phrase: the lines of an answer, cut at the ends of sentences, and long sentences also
+    at the ends of clauses.
 
     The last piece may have been cut off by the limit of tokens, and is left out.
     """
@@ -111,13 +113,17 @@ def candidates(answer: str) -> Iterator[str]:
         line = re.sub(r"^\s*(?:\d+[.):]|[-*•])\s*", "", line)
         line = re.sub(r"^[A-Z][\w ]{0,20}:\s*", "", line).strip().strip('"*')  # "Sarah: ..."
         pieces += re.split(r"(?<=[.?!])[\"']?\s+[\"']?", line)
-    yield from (piece.strip(" \"'") for piece in pieces[:-1])
+    for piece in pieces[:-1]:
+        if len(piece.split()) > LONGEST:
+            yield from (part.strip(" \"'.?!") for part in CLAUSE.split(piece))
+        else:
+            yield piece.strip(" \"'")
 
 
 def fit(text: str) -> bool:
     """Whether a text reads well aloud: plain words, ends whole, of a wanted length."""
     words = text.split()
-    whole = SENTENCE.fullmatch(text) or (len(words) <= 5 and PHRASE.fullmatch(text))
+    whole = SENTENCE.fullmatch(text) or PHRASE.fullmatch(text)
     return bool(
         whole
         and SHORTEST <= len(words) <= LONGEST

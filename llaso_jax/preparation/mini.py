@@ -224,12 +224,16 @@ COLUMNS = (
 def write_manifest(made: Sequence[Made], path: Path) -> None:
     """One line per clip: how it was made and what became of it."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS.split(), lineterminator="\n", extrasaction="ignore")
+        columns: Sequence[str] = COLUMNS.split()
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for planned, rendered, understood in made:
             spec = planned.spec
             voice = spec.utterances[0].voice
-            row = dataclasses.asdict(voice) | {"voice": voice.name, "voice_seed": voice.seed}
+            row: dict[str, Any] = dataclasses.asdict(voice) | {
+                "voice": voice.name,
+                "voice_seed": voice.seed,
+            }
             row |= dataclasses.asdict(spec.augmentation) | dataclasses.asdict(rendered)
             row |= {"split": planned.split, "family": planned.family, "understood": int(understood)}
             row |= {"pause_seconds": spec.pause_seconds, "seed": spec.seed, "text": spec.text}

@@ -31,7 +31,7 @@ FAMILIES = {"speech": 0.55, "voice": 0.2, "question": 0.15, "command": 0.1}
 PIPER_SHARE = (
     0.7  # natural voices teach more than formant synthesis; that one brings speakers and accents
 )
-RULE_SHARE = 0.4  # of utterances
+RULE_SHARE = 0.7  # of utterances: there are more texts by rule than sentences
 JOINED_SHARE = 0.6  # of clips of the family "speech": several texts, one after the other
 LONGEST = 30  # words of a clip
 TRIES = 200  # drawn texts until one is of the split that is wanted
@@ -320,7 +320,10 @@ class _Clip:
     """A clip in the making."""
 
     def __init__(self, choose: random.Random, split: Split, family: str, index: int) -> None:
-        self.choose, self.split, self.family, self.index = choose, split, family, index
+        self.choose = choose
+        self.split: Split = split
+        self.family = family
+        self.index = index
         self._name = f"{split}-{family}-{index:05d}"
         self._path = f"audio/{split}/{family}-{index:05d}.opus"
         self._records: list[dict[str, Any]] = []
