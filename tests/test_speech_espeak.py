@@ -1,6 +1,7 @@
 """espeak-ng: the samples of a text depend on text and voice alone, and every setting is heard."""
 
 import importlib.util
+import re
 import sys
 from dataclasses import fields, replace
 
@@ -113,9 +114,10 @@ def test_a_text_without_sound_is_an_error_that_names_it(text):
 
 
 @needs_espeak
-def test_a_voice_that_is_not_there_is_named():
-    with pytest.raises(SynthesisError, match="'en-klingon'"):
-        speak(TEXT, replace(PAUL, name="en-klingon"))
+@pytest.mark.parametrize("name", ["en-klingon", "en-us+zoe", "en-us+F2"])
+def test_a_voice_that_is_not_there_is_named(name):
+    with pytest.raises(SynthesisError, match=f"no voice '{re.escape(name)}'"):
+        speak(TEXT, replace(PAUL, name=name))
 
 
 def test_a_missing_engine_is_explained(monkeypatch):
