@@ -36,6 +36,7 @@ EVALUATION = [
     [
         ("please ENTER the number of your account then press 1", 1, 0, 0),
         ("You must enter the number of your car here.", 0, 1, 0),  # five words in a row
+        ("Enter the number of your", 0, 1, 0),  # nothing but the run
         ("You must enter the number on your car here.", 0, 0, 0),  # three
         ("I said the meeting is over now.", 0, 1, 0),  # all of a text of four words
         ("The meeting was over.", 0, 0, 0),

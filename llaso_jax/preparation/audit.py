@@ -205,10 +205,10 @@ def compare_texts(
     examples: list[dict[str, str]] = []
     for record, text in train:
         words = words_of(text)
-        shared = words if words and words in whole else _first_shared(words, parts, lengths)
+        equal = bool(words) and words in whole
+        shared = words if equal else _first_shared(words, parts, lengths)
         if shared is None:
             continue
-        equal = shared == words
         if equal and len(words) < SHORTEST:
             counts["short"] += 1
             continue

@@ -72,7 +72,7 @@ STATES = listed(
     "will restart soon|was received"
 )
 ACTIONS = listed(
-    "try again later|call us tomorrow|contact your administrator|hold the line|stay on the line|"
+    "try again later|call us tomorrow|contact your administrator|hold the line|stay where you are|"
     "wait for the signal|say your full name|enter a shorter code|check the cable|restart the machine|"
     "choose another name|press any key|dial the operator|leave a short message|speak after the beep|"
     "spell your last name|use the other entrance|have your card ready|listen carefully|hang up and call back"
