@@ -202,7 +202,7 @@ def records_of(made: Iterable[Made], seed: int) -> dict[str, list[dict[str, Any]
 
 
 def audits_of(output: Path, settings: MiniSettings, workers: int) -> dict[str, Audit]:
-    """Training against the corpus's own dev and test (equal texts and sounds), and against each held-out file."""
+    """Training against the corpus's own dev and test (equal texts), and each held-out file (runs of words, sounds)."""
     train = _paths(output, "train")
     own = [path for split in SPLITS if split != "train" for path in _paths(output, split)]
     audits = {"dev and test": audit(train, own, run=0, audio=False)}

@@ -28,9 +28,7 @@ from llaso_jax.speech.voice import Voice
 FEWEST_CLIPS = 20
 HELD_SHARE = 0.06  # of all clips, in each of dev and test
 FAMILIES = {"speech": 0.55, "voice": 0.2, "question": 0.15, "command": 0.1}
-PIPER_SHARE = (
-    0.7  # natural voices teach more than formant synthesis; that one brings speakers and accents
-)
+PIPER_SHARE = 0.7  # more natural; espeak-ng brings speakers and accents
 RULE_SHARE = 0.7  # of utterances: there are more texts by rule than sentences
 JOINED_SHARE = 0.6  # of clips of the family "speech": several texts, one after the other
 LONGEST = 30  # words of a clip
@@ -195,6 +193,8 @@ class _Planner:
                 break
             texts.append(text)
             words += length
+        while len(texts) > 1 and not self._clean(" ".join(texts)):
+            texts.pop()  # words on both sides of a join made a run
         clip.speak(texts, self._any_voice(choose), _augmentation(choose))
         clip.ask_words()
 
