@@ -12,7 +12,16 @@ from llaso_jax.data.prompt import PURE_AUDIO_TEXT
 from llaso_jax.errors import ConfigError
 from llaso_jax.preparation import questions
 from llaso_jax.preparation.grams import Grams
-from llaso_jax.preparation.plan import FAMILIES, LONGEST, Plan, PlannedClip, make_plan, shares
+from llaso_jax.preparation.plan import (
+    ESPEAK_ACCENTS,
+    FAMILIES,
+    LONGEST,
+    PIPER_SHARE,
+    Plan,
+    PlannedClip,
+    make_plan,
+    shares,
+)
 from llaso_jax.preparation.records import ASR_TEMPLATES, record
 from llaso_jax.preparation.texts import SPLITS, split_of, transcript
 from llaso_jax.preparation.voice_tasks import VOICE_TASKS, allowed
@@ -148,9 +157,10 @@ def test_records_about_a_voice_need_no_words(plan):
 def test_both_engines_speak_and_one_has_many_pitches(plan):
     speech = [c.spec.utterances[0].voice for c in plan.clips if c.family != "voice"]
     engines = Counter(voice.engine for voice in speech)
-    assert engines["piper"] / len(speech) == pytest.approx(0.7, abs=0.06)
+    assert engines["piper"] / len(speech) == pytest.approx(PIPER_SHARE, abs=0.06)
     assert len({voice.pitch for voice in speech if voice.engine == "piper"}) > 50
-    assert len({voice.name for voice in speech if voice.engine == "espeak"}) > 30
+    assert len({voice.name for voice in speech if voice.engine == "espeak"}) > 15
+    assert {v.accent for v in speech if v.engine == "espeak"} == set(ESPEAK_ACCENTS)
 
 
 def test_without_espeak_there_are_no_questions_about_voices():

@@ -151,6 +151,21 @@ def test_instruct_has_recognition_of_the_clips_that_nothing_else_is_asked_about(
     assert len(files["align_train.json"]) > len(recognised)
 
 
+@pytest.mark.parametrize(
+    ("wer", "heard", "clear"),
+    [
+        (None, None, True),
+        (0.3, "Nothing of the sort", True),
+        (0.31, "Nothing of the sort", False),
+        (1.0, "3 5-8, seven.", True),  # digits may be grouped in any way
+        (1.0, "3 5 9 7", False),
+    ],
+)
+def test_a_clip_is_understood_by_its_words_or_by_its_digits(wer, heard, clear):
+    clip = RenderedClip("a.opus", 1.0, "0", wer, heard)
+    assert mini.understood(clip, "three five eight seven", 0.3) == clear
+
+
 def test_texts_of_held_out_files_are_not_spoken(tmp_path):
     said = [u.text for clip in mini.plan_of(SMALL).clips for u in clip.spec.utterances]
     long = [text for text in said if len(words_of(text)) >= RUN]

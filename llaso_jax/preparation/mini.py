@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from llaso_jax.data.records import RecordSource
 from llaso_jax.errors import ConfigError
+from llaso_jax.evaluation.metrics.text import whisper_english
 from llaso_jax.preparation.audit import Audit, audit, texts_of
 from llaso_jax.preparation.data_card import data_card
 from llaso_jax.preparation.grams import HELD_OUT_GRAMS, Grams
@@ -137,8 +138,21 @@ def _made(
     # Closed on every way out: what is under way goes into the journal.
     with contextlib.closing(cast(Generator[RenderedClip, None, None], rendered)):
         for number, (planned, clip) in enumerate(zip(plan.clips, rendered, strict=True), 1):
-            yield Made(planned, clip, clip.wer is None or clip.wer <= settings.max_wer)
+            yield Made(planned, clip, understood(clip, planned.spec.text, settings.max_wer))
             advance(number, len(specs))
+
+
+def understood(clip: RenderedClip, text: str, max_wer: float) -> bool:
+    """Whether the recognizer got the words; True if nobody listened.
+
+    It is enough that the letters agree without blanks: digits are written apart or in groups ("3 5 8", "894-00").
+    """
+    if clip.wer is None or clip.wer <= max_wer:
+        return True
+    said, heard = (
+        "".join(filter(str.isalnum, whisper_english(t))) for t in (text, clip.heard or "")
+    )
+    return said == heard
 
 
 def claim(output: Path, settings: MiniSettings) -> None:
