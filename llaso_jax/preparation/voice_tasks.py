@@ -15,10 +15,8 @@ ACCENTS = ("american", "scottish", "midlands", "caribbean")
 RATES = {"slow": (0.6, 0.75), "normal": (0.95, 1.05), "fast": (1.5, 1.8)}
 PITCHES = {"low": (-6.0, -4.5), "medium": (-0.5, 0.5), "high": (4.5, 6.0)}  # semitones
 WHISPER = "+whisper"
-CLEAR = {
-    "male": (-3.0, 0.0),
-    "female": (0.0, 3.0),
-}  # semitones: a woman's voice lowered sounds like a man's
+# Semitones: a woman's voice lowered sounds like a man's.
+CLEAR = {"male": (-3.0, 0.0), "female": (0.0, 3.0)}
 
 
 @dataclasses.dataclass(frozen=True)
