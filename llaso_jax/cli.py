@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "prepare": "corpora: synthetic speech, held-out prompts, and an audit for leaks",
     "train": "train a model through the stages of a recipe",
     "convert": "Hugging Face, CTranslate2 or GGUF weights in; Hugging Face weights out",
     "generate": "let a trained model answer about a recording",

@@ -6,7 +6,7 @@ ones are held out by the whole project and are never read), and espeak-ng voices
 closed grammar of about fifty words. Texts, voices and records are the same in every build; see
 docs/mini-corpus.md for what is not.
 
-    pip install espeakng-loader==0.2.4
+    pip install -e '.[tts]'
     apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
     python scripts/build_mini_corpus.py --asterisk asterisk-core-sounds-en*.deb
 """
@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -36,12 +32,19 @@ import numpy as np
 import soundfile as sf
 import soxr
 
-RATE = 16_000
+from llaso_jax.data.prompt import PURE_AUDIO_TEXT
+from llaso_jax.errors import DataError
+from llaso_jax.preparation.asterisk import HELD_OUT_WORDS, read_prompts, unpack
+from llaso_jax.preparation.records import ASR_TEMPLATES, write_records
+from llaso_jax.speech.audio_file import encode
+from llaso_jax.speech.errors import SpeechError
+from llaso_jax.speech.espeak import EspeakLibrary
+from llaso_jax.speech.samples import SAMPLE_RATE, trim
+
+RATE = SAMPLE_RATE
 SEED = 2508_15418  # every random choice derives from this and a name
-COMPRESSION = 0.975  # libsndfile's Opus scale: 6 kbit/s + (1 - level) * 250 kbit/s = 12 kbit/s
+KBITS = 12.25  # of Opus
 MAX_SECONDS = 1.6  # the mel buckets of the quickstart end at 160 frames
-MAX_WORDS = 3  # Asterisk prompts of four words or more are held out
-SILENCE = 0.01  # of the peak: what is trimmed at both ends
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "llaso_jax" / "data" / "mini"
 
 # ---------------------------------------------------------------------------------- the grammar
@@ -84,14 +87,6 @@ TRAIN_RATES, EVAL_RATES = (175, 190, 205, 220), (182, 198, 212)
 TRAIN_PITCHES, EVAL_PITCHES = (35, 45, 55, 65), (40, 50, 60)
 
 # ---------------------------------------------------------------------------------- the tasks
-ASR_TEMPLATES = [
-    "Transcribe the audio.", "Transcribe this speech.", "Transcribe what you hear.",
-    "Transcribe the recording.", "Please transcribe.", "Transcribe the words.",
-    "Write the words.", "Write what you hear.", "Write down the speech.",
-    "Write the spoken words.", "Please write the transcript.", "Write the transcript.",
-    "Give the transcript.", "Give the spoken words.", "Give the words you hear.",
-    "Repeat the words.", "Repeat what you hear.", "Repeat the speech.",
-]  # fmt: skip
 TEMPLATES = {
     "SCR": ["Which command is spoken?", "Name the spoken command.", "Recognize the command."],
     "IP": ["What is the intent?", "Name the intent.", "Classify the intent of the speaker."],
@@ -102,7 +97,6 @@ TEMPLATES = {
     "SSD": ["Is the voice human or synthetic?", "Human or synthetic?", "Detect synthetic speech."],
     "SV": ["Same or different speaker?", "Verify the speaker.", "Do the speakers match?"],
 }
-PURE_AUDIO = "Please listen to the audio and answer the question.<audio>"
 INTENTS = ["activate", "deactivate", "open", "close"]
 SAME = {"male": "same man", "female": "same woman"}
 # task -> records in (instruct_train, eval); ASR is counted by clips below.
@@ -159,59 +153,7 @@ def rng(*names: object) -> random.Random:
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
-# ---------------------------------------------------------------------------------- espeak-ng
-class Espeak:
-    """The few calls of libespeak-ng that are needed, through ctypes."""
-
-    RATE_PARAMETER, PITCH_PARAMETER = 1, 3
-
-    def __init__(self) -> None:
-        try:
-            import espeakng_loader  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise SystemExit(
-                "build_mini_corpus needs the espeak-ng library for its synthetic voices, and the "
-                "module espeakng_loader is not installed: pip install espeakng-loader==0.2.4 "
-                "(or pip install 'llaso-jax[tts]')"
-            ) from error
-        self.lib = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-        home = str(Path(espeakng_loader.get_data_path()).parent).encode()
-        self.rate = self.lib.espeak_Initialize(2, 0, home, 0)  # 2: synchronous, to a callback
-        if self.rate <= 0:
-            raise SystemExit(f"espeak-ng did not start with the data in {home.decode()}")
-        self.chunks: list[np.ndarray] = []
-        kind = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )
-        self.callback = kind(self._collect)  # kept alive by self
-        self.lib.espeak_SetSynthCallback(self.callback)
-
-    def _collect(self, samples, count: int, _events) -> int:
-        if samples and count > 0:
-            self.chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def speak(self, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
-        """Mono float32 samples at 16 kHz."""
-        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise SystemExit(f"this espeak-ng has no voice {voice!r}")
-        self.lib.espeak_SetParameter(self.RATE_PARAMETER, rate, 0)
-        self.lib.espeak_SetParameter(self.PITCH_PARAMETER, pitch, 0)
-        self.chunks.clear()
-        data = text.encode() + b"\0"
-        self.lib.espeak_Synth(data, len(data), 0, 0, 0, 1, None, None)
-        self.lib.espeak_Synchronize()
-        sound = np.concatenate(self.chunks).astype(np.float32) / 32768
-        return soxr.resample(sound, self.rate, RATE)
-
-
 # ---------------------------------------------------------------------------------- audio
-def trim(sound: np.ndarray) -> np.ndarray:
-    """Without the silence at both ends."""
-    loud = np.flatnonzero(np.abs(sound) > SILENCE * np.abs(sound).max())
-    return sound[loud[0] : loud[-1] + 1]
-
-
 def same_take(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two recordings are one, at whatever level and shift (0.9 correlation)."""
     size = len(first) + len(second)
@@ -233,93 +175,18 @@ def finish(sound: np.ndarray, seed: int, band: str) -> np.ndarray:
     return np.pad(sound, (head, tail)).astype(np.float32)
 
 
-def encode_opus(sound: np.ndarray, serial: int) -> bytes:
-    """Ogg Opus bytes that depend on the samples and `serial` only."""
-    buffer = io.BytesIO()
-    sf.write(buffer, sound, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION)
-    return stable_ogg(buffer.getvalue(), serial)
-
-
-def stable_ogg(data: bytes, serial: int) -> bytes:
-    """Rewrite an Ogg Opus stream with a given serial number (libsndfile draws one from the clock)
-    and a tags page without its 800 bytes of padding, which would be a third of a short clip."""
-    tags = b"OpusTags" + (7).to_bytes(4, "little") + b"libopus" + (0).to_bytes(4, "little")
-    out, at, page = bytearray(), 0, 0
-    while at < len(data):
-        segments = data[at + 26]
-        table = data[at + 27 : at + 27 + segments]
-        body_at = at + 27 + segments
-        body = data[body_at : body_at + sum(table)]
-        header = bytearray(data[at : at + 27])
-        at = body_at + len(body)
-        if body.startswith(b"OpusTags"):
-            table, body = bytes([len(tags)]), tags
-            header[26] = 1
-        header[14:18] = serial.to_bytes(4, "little")
-        header[18:22] = page.to_bytes(4, "little")
-        header[22:26] = bytes(4)
-        checksum = ogg_crc(bytes(header) + table + body)
-        header[22:26] = checksum.to_bytes(4, "little")
-        out += header + table + body
-        page += 1
-    return bytes(out)
-
-
-def _crc_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 24
-        for _ in range(8):
-            value = (value << 1) ^ 0x04C11DB7 if value & 0x80000000 else value << 1
-        table.append(value & 0xFFFFFFFF)
-    return table
-
-
-CRC_TABLE = _crc_table()
-
-
-def ogg_crc(data: bytes) -> int:
-    """The checksum of an Ogg page (RFC 3533), its own field counted as zero."""
-    value = 0
-    for byte in data:
-        value = ((value << 8) & 0xFFFFFFFF) ^ CRC_TABLE[(value >> 24) ^ byte]
-    return value
-
-
 # ---------------------------------------------------------------------------------- human clips
-def unpack_asterisk(sources: Sequence[Path], scratch: Path) -> Path:
-    """A folder that holds the content of the two packages (given unpacked, or as .deb files)."""
-    if len(sources) == 1 and sources[0].is_dir():
-        return sources[0]
-    for source in sources:
-        if not source.is_file():
-            raise SystemExit(f"--asterisk: {source} is neither a folder nor a .deb file")
-        subprocess.run(["dpkg", "-x", str(source), str(scratch)], check=True)
-    return scratch
-
-
 def human_prompts(root: Path) -> list[tuple[str, str, Path]]:
     """(name, normalised text, file) of every prompt that may be used: one to three plain words."""
-    transcripts = sorted(root.rglob("core-sounds-en.txt.gz"))
-    sounds = sorted(root.rglob("en_US_f_Allison"))
-    if not transcripts or not sounds:
-        raise SystemExit(
-            f"--asterisk: {root} holds no core-sounds-en.txt.gz or no en_US_f_Allison folder; give "
-            "both asterisk-core-sounds-en and asterisk-core-sounds-en-wav (1.6.1)"
-        )
     prompts = []
-    for line in gzip.decompress(transcripts[0].read_bytes()).decode("utf-8").splitlines():
-        name, colon, said = line.partition(": ")
-        if line.startswith(";") or not colon or name.startswith(("letters/", "spy-")):
+    for prompt in read_prompts(root):
+        if prompt.name.startswith(("letters/", "spy-")) or prompt.words >= HELD_OUT_WORDS:
             continue
-        words = said.lower().replace("-", " ").split()
-        if not 1 <= len(words) <= MAX_WORDS:  # a hyphen separates: the careful count
-            continue
+        words = prompt.text.lower().replace("-", " ").split()
         text = " ".join(word.strip(".,!?") for word in words)
-        file = sounds[0] / f"{name}.wav"
-        if re.fullmatch(r"[a-z']+( [a-z']+)*", text) and file.is_file():
-            prompts.append((name, text, file))
-    return sorted(prompts)
+        if re.fullmatch(r"[a-z']+( [a-z']+)*", text):
+            prompts.append((prompt.name, text, prompt.file))
+    return prompts
 
 
 def forms(text: str) -> set[str]:
@@ -570,7 +437,9 @@ def task_records(task: str, clips: list[Clip], count: int, split: str) -> list[d
             out.append(record("AQA", [clip], value, facts[clip.facts["asks"]], labels))
     elif task == "AQA_a":
         for clip in cycle(choose, with_fact("answer"), count, lambda c: c.text):
-            out.append(record("AQA", [clip], PURE_AUDIO, clip.facts["answer"], DIGITS))
+            out.append(
+                record("AQA", [clip], PURE_AUDIO_TEXT + "<audio>", clip.facts["answer"], DIGITS)
+            )
     else:
         raise ValueError(f"unknown task {task!r}")
     return out
@@ -698,14 +567,19 @@ def build_tokenizer(splits: dict[str, list[dict]], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------- all of it
-def write_audio(clips: list[Clip], sounds: dict[int, np.ndarray], output: Path) -> list[Clip]:
-    """Synthesise, encode and write every clip; those that are too long are left out and named."""
-    espeak = Espeak()
+def write_audio(
+    clips: list[Clip], sounds: dict[int, np.ndarray], output: Path, espeak: EspeakLibrary
+) -> list[Clip]:
+    """Synthesise, encode and write every clip; those that are too long are left out and named.
+
+    One library speaks all of them, in this order: the shipped recordings were made so, and what
+    espeak-ng says depends a little on what it said before.
+    """
     kept = []
     numbers: Counter[str] = Counter()
     for clip in clips:
         if clip.source == "synthetic":
-            sound = espeak.speak(clip.text, clip.voice, clip.rate, clip.pitch)
+            sound = espeak.say(clip.text, clip.voice, rate=clip.rate, pitch=clip.pitch)
         else:
             sound = sounds[id(clip)]
         sound = finish(sound, clip.seed, clip.band)
@@ -716,7 +590,7 @@ def write_audio(clips: list[Clip], sounds: dict[int, np.ndarray], output: Path) 
         folder = "human" if clip.source == "human" else clip.voice.replace("+", "-")
         numbers[folder] += 1
         clip.path = f"audio/{folder}/{numbers[folder]:03d}.opus"
-        data = encode_opus(sound, serial=clip.seed)
+        data = encode(sound, ".opus", serial=clip.seed, kbits=KBITS)
         clip.sha256 = hashlib.sha256(data).hexdigest()
         (output / clip.path).parent.mkdir(parents=True, exist_ok=True)
         (output / clip.path).write_bytes(data)
@@ -738,12 +612,6 @@ def write_manifest(clips: list[Clip], path: Path) -> None:
             writer.writerow([getattr(clip, column) for column in columns.split()])
 
 
-def write_json(records: list[dict], path: Path) -> None:
-    """An array with one record per line."""
-    lines = (json.dumps(item, ensure_ascii=False, separators=(",", ":")) for item in records)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -759,15 +627,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
-    with tempfile.TemporaryDirectory() as scratch:
-        human = human_clips(unpack_asterisk(arguments.asterisk, Path(scratch)))
-    for folder in ("audio", "tokenizer"):
-        shutil.rmtree(output / folder, ignore_errors=True)
-    clips = [clip for clip, _ in human] + synthetic_plan()
-    clips = write_audio(clips, {id(clip): sound for clip, sound in human}, output)
+    try:
+        espeak = EspeakLibrary()
+    except SpeechError as error:
+        raise SystemExit(f"build_mini_corpus: {error}") from error
+    with espeak, tempfile.TemporaryDirectory() as scratch:
+        try:
+            human = human_clips(unpack(arguments.asterisk, Path(scratch)))
+        except DataError as error:
+            raise SystemExit(f"--asterisk: {error}") from error
+        for folder in ("audio", "tokenizer"):
+            shutil.rmtree(output / folder, ignore_errors=True)
+        clips = [clip for clip, _ in human] + synthetic_plan()
+        clips = write_audio(clips, {id(clip): sound for clip, sound in human}, output, espeak)
     splits = build_records(clips)
     for name, records in splits.items():
-        write_json(records, output / f"{name}.json")
+        write_records(records, output / f"{name}.json")
     write_manifest(clips, output / "manifest.csv")
     build_tokenizer(splits, output / "tokenizer")
     for name, records in splits.items():

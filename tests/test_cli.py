@@ -48,7 +48,8 @@ def test_help_of_a_command_shows_usage_and_examples(command: str):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "generate", "convert", "evaluate", "ablate", "shard_table", "plan", "fit"]
+    "command",
+    ["prepare", "train", "generate", "convert", "evaluate", "ablate", "shard_table", "plan", "fit"],
 )
 def test_help_and_mistyped_flags_answer_before_jax_is_loaded(command: str):
     program = (

@@ -13,15 +13,14 @@ import soundfile as sf
 from test_generate_cli import checkpoint  # noqa: F401 - a fixture
 
 from llaso_jax.data.audio import load_audio
+from llaso_jax.data.sound import at_speed, with_noise
 from llaso_jax.errors import ConfigError
 from llaso_jax.evaluate import main
 from llaso_jax.evaluation.answering.perturbation import (
     Perturbation,
     Perturber,
-    at_speed,
     parse_perturbations,
     through_mp3,
-    with_noise,
 )
 from llaso_jax.evaluation.answering.questions import QuestionFile, load_questions
 from llaso_jax.evaluation.comparison import Comparison, Difference, FileComparison

@@ -4,7 +4,6 @@ import csv
 import gzip
 import hashlib
 import importlib.util
-import io
 import json
 import re
 import sys
@@ -202,26 +201,17 @@ def test_tokenizer_is_small_lossless_and_knows_the_words(records):
         assert len(pieces) == len(words) + 1, pieces  # the line breaks are one token
 
 
-def test_opus_bytes_depend_on_sound_and_serial_only(builder):
-    sound = np.sin(np.arange(16_000) * 0.1).astype(np.float32) * 0.3
-    first, second = (builder.encode_opus(sound, serial=7) for _ in range(2))
-    assert first == second != builder.encode_opus(sound, serial=8)
-    decoded, rate = sf.read(io.BytesIO(first))
-    assert rate == 16_000
-    assert len(decoded) == len(sound)
-
-
-def test_missing_espeak_is_explained(builder, monkeypatch):
+def test_missing_espeak_is_explained(builder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(SystemExit, match="pip install espeakng-loader"):
-        builder.Espeak()
+    with pytest.raises(SystemExit, match=r"pip install 'llaso-jax\[tts\]'"):
+        builder.main(["--asterisk", str(tmp_path)])
 
 
 def test_missing_asterisk_packages_are_explained(builder, tmp_path):
     with pytest.raises(SystemExit, match="asterisk-core-sounds-en-wav"):
-        builder.human_prompts(builder.unpack_asterisk([tmp_path], tmp_path))
+        builder.main(["--asterisk", str(tmp_path), "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="neither a folder nor"):
-        builder.unpack_asterisk([tmp_path / "absent.deb"], tmp_path)
+        builder.main(["--asterisk", str(tmp_path / "absent.deb"), "--output", str(tmp_path)])
 
 
 def test_help_says_what_is_needed(builder, capsys):

@@ -26,6 +26,8 @@ PROMPT_FILE = "llaso_prompt.json"
 """Beside a model's weights: the `PromptConfig` it was trained with."""
 
 AUDIO_PLACEHOLDER = "<audio>"
+PURE_AUDIO_TEXT = "Please listen to the audio and answer the question."
+"""LLaSO's instruction where the recording itself asks."""
 AUDIO_ID = -300  # stands for one audio until its frames are spliced in
 IGNORED_LABEL = -100
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from llaso_jax.data.audio import AudioPolicy, AudioSource, LoadedAudio, load_audio
 from llaso_jax.data.config import AudioLayout
-from llaso_jax.data.prompt import AUDIO_PLACEHOLDER, PromptConfig, Turn
+from llaso_jax.data.prompt import AUDIO_PLACEHOLDER, PURE_AUDIO_TEXT, PromptConfig, Turn
 from llaso_jax.data.samples import Sample
 from llaso_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from llaso_jax.errors import AudioError, ConfigError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PURE_AUDIO_TEXT = "Please listen to the audio and answer the question."
 MAX_AUDIO_SECONDS = 20.0 * CHUNK_SECONDS  # the most LLaSO was trained on: 20 chunks a file
 
 Audios = AudioSource | Sequence[AudioSource | Sequence[AudioSource]]

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 
 import numpy as np
 import soundfile as sf
-import soxr
 
 from llaso_jax.data.audio import LoadedAudio, load_audio
 from llaso_jax.data.prompt import AUDIO_PLACEHOLDER, Turn
+from llaso_jax.data.sound import amplified, at_speed, with_noise
 from llaso_jax.errors import ConfigError, DataError
 from llaso_jax.evaluation.answering.questions import QuestionFile
 from llaso_jax.modeling.frames import SAMPLE_RATE
@@ -181,7 +181,7 @@ class Perturber:
             case "speed":
                 samples = at_speed(audio.samples, level)
             case "gain":
-                samples = np.clip(audio.samples * np.float32(10 ** (level / 20)), -1, 1)
+                samples = np.clip(amplified(audio.samples, level), -1, 1)
             case _:
                 samples = through_mp3(audio.samples, level)
         return replace(audio, samples=samples, seconds_used=len(samples) / SAMPLE_RATE)
@@ -193,26 +193,6 @@ class Perturber:
         recorded = load_audio(path).samples
         start = int(rng.integers(len(recorded)))
         return np.resize(np.roll(recorded, -start), length)
-
-
-def with_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    """f32[n] samples and noise, the noise scaled so that the ratio of their powers is `snr_db`.
-
-    Silence has no such ratio and stays as it is.
-    """
-    signal, disturbance = (
-        np.mean(samples.astype(np.float64) ** 2),
-        np.mean(noise.astype(np.float64) ** 2),
-    )
-    if not signal or not disturbance:
-        return samples
-    scale = np.sqrt(signal / disturbance / 10 ** (snr_db / 10))
-    return samples + np.float32(scale) * noise
-
-
-def at_speed(samples: np.ndarray, factor: float) -> np.ndarray:
-    """f32[n / factor]: played `factor` times as fast; the pitch rises with it."""
-    return soxr.resample(samples, SAMPLE_RATE * factor, SAMPLE_RATE).astype(np.float32)
 
 
 def through_mp3(samples: np.ndarray, kbits: float) -> np.ndarray:
