@@ -112,7 +112,7 @@ def model_file(name: str) -> Path:
         if path.suffix != ".onnx" or not file.is_file():
             raise SynthesisError(
                 f"the Piper voice {name!r} is neither {JOE} nor the path of an .onnx file with its "
-                f".onnx.json beside it"
+                ".onnx.json beside it"
             )
     return path
 

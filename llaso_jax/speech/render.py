@@ -106,7 +106,8 @@ def _outcomes(
     jobs: Sequence[Job], folder: Path, workers: int, recognizer: str | None, journal: Journal
 ) -> Generator[Outcome, None, None]:
     """What became of each job, in order; in the journal before it comes out."""
-    batches = [jobs[start : start + BATCH] for start in range(0, len(jobs), BATCH)]
+    size = BATCH if workers else 1
+    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     if workers and batches:
         made = _in_processes(batches, folder, min(workers, len(batches)), recognizer, journal)
     else:
