@@ -129,7 +129,9 @@ class Program:
                 yield name, 1
 
     def _trips(self, loop: Operation) -> int:
-        """As XLA notes them beside a loop, or from its condition `index < N`: JAX's loops count up from 0.
+        """As XLA notes them beside a loop, or from its condition `index < N`: loops count up from 0.
+
+        JAX's count by one; those of a product that overlaps with its collective by two (TPU, "windowed_dot_general").
 
         Raises:
           HloError: neither says.
@@ -140,10 +142,27 @@ class Program:
         operations = self.computations[condition[1]] if condition else {}
         last = list(operations.values())[-1:]
         if last and last[0].opcode == "compare" and "direction=LT" in last[0].rest:
-            for name in last[0].operands:
-                if operations[name].opcode == "constant":
-                    return int(operations[name].arguments)
+            index, *limits = sorted(
+                (operations[name] for name in last[0].operands),
+                key=lambda o: o.opcode == "constant",
+            )
+            if limits and limits[-1].opcode == "constant":
+                return -(-int(limits[-1].arguments) // self._stride(loop, index))
         raise HloError(f"how often does {loop.name} run? Its condition is not index < constant.")
+
+    def _stride(self, loop: Operation, index: Operation) -> int:
+        """What a turn of `loop` adds to `index`, of its condition: 1 unless its body adds another constant."""
+        place = re.search(r"\bindex=(\d+)", index.rest)
+        body = re.search(r"body=%?([\w.\-]+)", loop.rest)
+        if place is None or body is None:
+            return 1
+        operations = self.computations[body[1]]
+        results = results_of(operations)
+        after = results[int(place[1])] if int(place[1]) < len(results) else None
+        if after is None or after.opcode != "add":
+            return 1
+        added = (operations[name] for name in after.operands)
+        return next((int(one.arguments) for one in added if one.opcode == "constant"), 1)
 
     def operations(self, *opcodes: str) -> Iterator[tuple[Operation, int]]:
         """Operations with one of `opcodes` (default: all), and how often each runs."""

@@ -127,6 +127,19 @@ def test_programs_for_a_tpu_are_understood():
     assert (convolution.name, convolution.operands, times) == ("y", ("x", "w"), 28)
 
 
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+    """As products do that overlap with their collective on a TPU; an odd count has a last turn of its own."""
+    stepping = TPU.replace(
+        "  ROOT %out = (s32[]{:T(128)}, /*index=1*/f32[8,16]{1,0:T(8,128)}) tuple(%i, %y)",
+        "  %two = s32[]{:T(128)} constant(2)\n"
+        "  %next = s32[]{:T(128)} add(%i, %two)\n"
+        "  ROOT %out = (s32[]{:T(128)}, /*index=1*/f32[8,16]{1,0:T(8,128)}) tuple(%next, %y)",
+    )
+    assert parse(stepping).runs["body"] == 14
+    assert parse(stepping.replace("constant(28)", "constant(29)")).runs["body"] == 15
+    assert parse(stepping.replace("constant(2)", "constant(1)")).runs["body"] == 28
+
+
 def test_what_is_no_program_is_an_error():
     with pytest.raises(HloError, match="ENTRY"):
         parse("nothing")

@@ -95,7 +95,7 @@ def estimate(
         optimizer=MOMENTS * trained,
         gradients=trained * min(2, stage.accumulation),
         saved=saved,
-        working=_working_bytes(model, stage, compute, rows),
+        working=_working_bytes(model, stage, compute, rows=rows, devices=devices),
     )
 
 
@@ -181,7 +181,9 @@ def _working_bytes(
     model: SpeechLMConfig,
     stage: StageConfig,
     compute: ComputeConfig,
+    *,
     rows: int,
+    devices: int,
 ) -> int:
     """The loss of a chunk of answers, or the backward pass of one layer of the decoder, whichever is more.
 
@@ -199,7 +201,8 @@ def _working_bytes(
     head_is_trained = scales[HEAD] is not None
     answers = min(CHUNK, rows * data.answers_per_row)
     logits = 2 * answers * text.padded_vocab_size * F32
-    loss = table * item + logits + (table * F32 if head_is_trained else 0)
+    # The gradient of a trained head is split like the head itself (kernels/cross_entropy).
+    loss = table * item + logits + (table * F32 // devices if head_is_trained else 0)
     positions = rows * data.sequence_length
     # Of the feed-forward network: gradients of its inside, of its inputs and outputs; its weights and their gradient.
     inside = 3 * text.intermediate_size + 4 * text.hidden_size
