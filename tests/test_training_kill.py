@@ -126,6 +126,7 @@ def _assert_little_was_lost(output: Path, saved, before: int) -> None:
         assert first == (_number(saved) if saved else 0) + 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_from_its_last_save_to_the_same_end(place, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     process = _start(place[0], output, log)
