@@ -356,6 +356,7 @@ def killed(tmp_path_factory) -> tuple[Path, str]:
     return folder, finish(words)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_points_that_are_left(killed):
     folder, _ = killed
     content = (folder / "out" / "trials.jsonl").read_bytes()
@@ -365,6 +366,7 @@ def test_a_killed_sweep_goes_on_with_the_points_that_are_left(killed):
     assert [row.point.mesh for row in rows] == ["1x2", "3x1"]
 
 
+@pytest.mark.slow
 def test_a_mesh_that_the_model_does_not_split_over_is_a_row_that_says_why(killed):
     folder, said = killed
     (_, row) = read_rows(folder / "out" / "trials.jsonl")
@@ -372,6 +374,7 @@ def test_a_mesh_that_the_model_does_not_split_over_is_a_row_that_says_why(killed
     assert "does not split evenly over the 3 devices" in said
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_numbers_of_the_trials(killed):
     folder, _ = killed
     line = (folder / "out" / "trials.jsonl").read_text().splitlines()[0]
@@ -390,6 +393,7 @@ def test_the_table_holds_the_numbers_of_the_trials(killed):
     assert (folder / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_winner_is_a_recipe_that_loads(killed):
     folder, said = killed
     path = folder / "out" / "winner.yaml"

@@ -175,6 +175,7 @@ def _counted_and_ours(
     return count_flops(parse(compiled.as_text())), ours + 3 * ROWS * _square(s)
 
 
+@pytest.mark.slow
 def test_the_align_step_never_computes_weight_gradients_of_frozen_parts():
     counted = {}
     for name, rules, encoder, decoder in (

@@ -288,7 +288,7 @@ def inputs() -> Inputs:
 def model_of(audio: Any, table: Any) -> Any:
     """What of a speech-language model is read: its projected frames and its token embeddings."""
     return SimpleNamespace(
-        encode_audio=lambda mel, mel_frames: audio,
+        audio_frames=lambda batch: audio,
         language_model=SimpleNamespace(
             embed_tokens={"weight": jnp.asarray(table)}, compute=ComputeConfig()
         ),

@@ -93,6 +93,7 @@ def test_adapters_are_sharded_as_the_axes_of_their_weights():
     assert tuple(shardings[f"{q_proj}/lora_B/weight"].spec) == (None, "tensor", None, None)
 
 
+@pytest.mark.slow
 def test_the_step_is_the_same_on_a_mesh_dropout_included():
     rules = tuple(dataclasses.replace(rule, dropout=0.4) for rule in RULES)
     cfg = dataclasses.replace(CFG, lora=rules)

@@ -26,6 +26,8 @@ from llaso_jax.errors import CheckpointError
 from llaso_jax.modeling.functional import flatten
 from llaso_jax.training.ledger import read_ledger
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 60
 EPOCHS = 2
 LANES = 4
@@ -109,7 +111,7 @@ def test_a_lost_process_ends_the_other_in_time_with_a_message(broken):
     assert "Start the same command again, in all processes, to continue from the last save." in said
 
 
-@pytest.mark.parametrize("mesh", ["1x1", pytest.param("8x1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["1x1", "8x1"])
 def test_one_process_goes_on_from_two_with_the_same_losses_and_samples(
     folder, alone, broken, tmp_path, mesh: str
 ):
@@ -149,7 +151,6 @@ def slurm(job: int, count: int):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("count", "mesh"), [(2, "8x1"), (4, "8x1"), (2, "1x4"), (4, "2x4")])
 def test_any_number_of_processes_takes_the_same_samples_and_writes_the_same_model(
     folder, alone, tmp_path, count: int, mesh: str
@@ -169,7 +170,6 @@ def test_any_number_of_processes_takes_the_same_samples_and_writes_the_same_mode
         assert np.abs(np.asarray(ours[path]) - np.asarray(leaf)).max() < 1e-3, path
 
 
-@pytest.mark.slow
 def test_a_run_moves_between_one_two_and_four_processes(folder, alone, tmp_path):
     """Stopped and started again elsewhere three times: nothing is lost or taken twice."""
     output = tmp_path / "run"
@@ -186,7 +186,6 @@ def test_a_run_moves_between_one_two_and_four_processes(folder, alone, tmp_path)
     assert len(records(output)) == len(losses(alone)), "a step was done twice"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_saves(folder, tmp_path, name: str):
     output = tmp_path / "run"
@@ -199,7 +198,6 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_saves(folder, tm
         assert f"{name}: stage 'align' is saved at step {saved}." in processes.said(0)
 
 
-@pytest.mark.slow
 def test_the_loss_of_the_first_process_ends_the_others_in_time(folder, tmp_path):
     """JAX's coordinator runs in it: JAX itself ends the others, with its own message and code."""
     output = tmp_path / "run"
@@ -215,7 +213,6 @@ def test_the_loss_of_the_first_process_ends_the_others_in_time(folder, tmp_path)
         assert "another task died" in processes.said(1) or "is lost" in processes.said(1)
 
 
-@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_is_told_by_all(folder, tmp_path):
     """A recording that only one process reads is damaged."""
     inputs = tmp_path / "inputs"
@@ -230,7 +227,6 @@ def test_an_error_in_one_process_ends_all_and_is_told_by_all(folder, tmp_path):
             assert "7.wav holds 0 bytes" in processes.said(index)
 
 
-@pytest.mark.slow
 def test_two_processes_validate_and_export_what_one_does(folder, tmp_path):
     checkpoint = {"every_steps": 3, "keep_latest": 100, "export_hf": True}
     tree = two_epochs(folder, checkpoint=checkpoint)

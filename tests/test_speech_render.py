@@ -122,9 +122,12 @@ def test_a_call_that_was_left_goes_on(whole, tmp_path):
     assert len(lines(tmp_path)) == 20
 
 
+# A shell that starts a program in the background has it ignore SIGINT; Ctrl-C is for one in the foreground.
 PROGRAM = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from llaso_jax.speech.render import render
 sys.path.insert(0, sys.argv[1])
 from test_speech_render import plan
@@ -140,21 +143,24 @@ for clip in render(plan(4000), Path(sys.argv[2]), workers=2):
 def test_a_killed_call_goes_on_with_whole_files(whole, tmp_path, signal_number):
     tests, folder = Path(__file__).parent, tmp_path / "clips"
     # A group of its own, as in a terminal, where Ctrl-C reaches every process.
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tests), str(folder)],
         cwd=tests.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    if signal_number == signal.SIGINT:
-        os.killpg(process.pid, signal_number)
-    else:
-        process.kill()
-    _, said = process.communicate(timeout=60)
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        if signal_number == signal.SIGINT:
+            os.killpg(process.pid, signal_number)
+        else:
+            process.kill()
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == -signal_number, said
     deadline = time.monotonic() + 20
     while group_lives(process.pid):  # the processes of a killed call end by themselves

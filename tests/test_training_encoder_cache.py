@@ -101,6 +101,7 @@ def test_the_encoder_runs_in_the_first_pass_only(cached):
     assert 40 <= sum(counts) <= 40 + 2 * max(counts)
 
 
+@pytest.mark.slow
 def test_another_run_needs_no_encoder_at_all(folder, online, cached, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("the encoder ran")
@@ -111,9 +112,8 @@ def test_another_run_needs_no_encoder_at_all(folder, online, cached, tmp_path, m
     assert_same_run(tmp_path / "run", online)
 
 
-@pytest.mark.parametrize(
-    "lost", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cache kept", "cache lost"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True], ids=["cache kept", "cache lost"])
 def test_a_resumed_run_is_the_undisturbed_one(folder, online, cached, tmp_path, lost: bool):
     shutil.copytree(cached[0], tmp_path / "run")
     cache = tmp_path / "empty" if lost else cached[1]

@@ -154,6 +154,7 @@ def test_the_sample_order_is_of_the_seed_and_every_sample_is_seen(undisturbed, f
     assert len(set(first)) == 40
 
 
+@pytest.mark.slow
 def test_a_resumed_mixture_goes_on_and_tells_how_often_each_source_was_seen(folder, tmp_path):
     corpus = folder / "corpus"
     tree = two_stages(folder)
@@ -205,7 +206,7 @@ def test_another_mesh_continues_with_the_same_losses(folder, tmp_path):
     ("name", "workers"),
     [
         ("SIGINT", 0),
-        ("SIGTERM", 0),
+        pytest.param("SIGTERM", 0, marks=pytest.mark.slow),
         # Grain waits up to 25 s for a worker process that is closed before its data ends.
         pytest.param("SIGTERM", 1, marks=pytest.mark.slow),
     ],
