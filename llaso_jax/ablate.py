@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.logging import RichHandler
 
+from llaso_jax.arguments import at_least
 from llaso_jax.errors import EXIT_RESUME, user_errors
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="mini", help="recipe (default: %(default)s)")
     parser.add_argument(
         "--devices",
-        type=_at_least(1),
+        type=at_least(1),
         help="of `sharding`: how many to split, all of the machine's",
     )
     parser.add_argument(
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--steps",
-        type=_at_least(2),
+        type=at_least(2),
         default=5,
         help="of every point; the first is not timed (default: %(default)s)",
     )
@@ -185,17 +186,6 @@ def _run(
     console.print(f"\nIn {output}: table.csv, plot.png, winner.yaml. To train the best:")
     console.print(f"  {command}", highlight=False)
     return 0
-
-
-def _at_least(least: int):
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value}: at least {least} is needed")
-        return value
-
-    number.__name__ = "number"
-    return number
 
 
 if __name__ == "__main__":

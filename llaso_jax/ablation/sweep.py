@@ -24,10 +24,10 @@ from llaso_jax.ablation.grid import Point
 from llaso_jax.ablation.trial import Measured, TrialSpec
 from llaso_jax.config import RunConfig, parse_config, to_tree
 from llaso_jax.errors import CheckpointError, ConfigError, LlasoError
+from llaso_jax.json_lines import drop_torn_line
 from llaso_jax.planning.plan import Plan
 from llaso_jax.planning.plans import check_plan
 from llaso_jax.sharding.rules import ShardingError
-from llaso_jax.training.metrics import drop_torn_line
 from llaso_jax.training.run import differences
 
 TRIAL = (sys.executable, "-m", "llaso_jax.ablation.trial")

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llaso_jax.conversion.binding import Pieces
 from llaso_jax.conversion.tensors import Box, whole
 from llaso_jax.modeling.functional import Params, flatten
+from llaso_jax.sharding.processes import on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,7 @@ class DeviceTensor:
         array = self.array if self.index is None else _layer(self.array, self.index)
         if box not in (None, whole(self.shape)):
             array = array[box]
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-        return np.asarray(array)
+        return on_host(array) if isinstance(array, jax.Array) else np.asarray(array)
 
     def reshape(self, shape: tuple[int, ...]) -> "DeviceTensor":
         """Only its own shape."""

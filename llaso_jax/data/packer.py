@@ -35,7 +35,7 @@ class SampleStream:
         samples_per_epoch: length of one pass.
         order: what else the order depends on ("seed 3", …): a state of another order is refused.
         turns: which source of a mixture each sample is of.
-        augment: what is made of the sample at a position.
+        augment: what is made of the sample at a position; None: nothing else.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SampleStream:
         samples_per_epoch: int,
         order: str,
         turns: Turns | None = None,
-        augment: Callable[[Sample, int], Sample] = lambda sample, position: sample,
+        augment: Callable[[Sample, int], Sample] | None = None,
     ) -> None:
         self.samples = samples
         self.lane = lane
@@ -212,7 +212,9 @@ class PackedBatchIterator(grain.DatasetIterator):
             if isinstance(item, BadSample):
                 raise item.error
             bucket = self._shape.bucket(item)
-            self._pending.append((position, bucket, self._stream.augment(item, position)))
+            if self._stream.augment is not None:
+                item = self._stream.augment(item, position)
+            self._pending.append((position, bucket, item))
         except DataError as error:
             self._quarantine.reject(position, error)
             self._quarantined += 1

@@ -109,15 +109,14 @@ def make_lanes(
     records = RecordSource(files, data_root=config.data_root, index_dir=config.index_dir)
     if not len(records):
         raise DataError(f"{', '.join(files)} hold no records; `{split}_json` names them")
-    source, turns, masks = SampleSource(records, loader), None, {}
+    source = SampleSource(records, loader)
     if split == "train" and config.mixture:
         samples, turns = mix(source, records, config)
     else:
-        samples = _ordered(source, config, split)
+        samples, turns = _ordered(source, config, split), None
+    augment = None
     if split == "train" and config.spec_augment is not None:
-        masks["augment"] = functools.partial(
-            spec_augment, config=config.spec_augment, seed=config.seed
-        )
+        augment = functools.partial(spec_augment, config=config.spec_augment, seed=config.seed)
     share = _share(config, len(lanes))
     datasets: dict[int, grain.IterDataset] = {}
     for lane in lanes:
@@ -129,7 +128,7 @@ def make_lanes(
             samples_per_epoch=len(records),
             order=_order(config, split, records),
             turns=turns,
-            **masks,
+            augment=augment,
         )
         quarantine = Quarantine(config, quarantine_files.get(lane))
         batches: grain.IterDataset = PackedBatches(stream, shape, config, quarantine, cache)

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llaso_jax.json_lines import drop_torn_line
 from llaso_jax.speech.errors import RenderError, SpeechError
 
 JOURNAL_FILE = "rendered.jsonl"
@@ -82,11 +82,9 @@ class Journal:
     def _read(self) -> list[Entry]:
         if not self._file.is_file():
             return []
-        whole, _, torn = self._file.read_bytes().rpartition(b"\n")
-        if torn:  # cut short by a kill: the next line must not be written behind it
-            os.truncate(self._file, len(whole) + bool(whole))
+        drop_torn_line(self._file)  # the next line must not be written behind it
         entries = []
-        for place, line in enumerate(whole.splitlines(), 1):
+        for place, line in enumerate(self._file.read_bytes().splitlines(), 1):
             try:
                 entries.append(_entry(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:

@@ -291,25 +291,16 @@ class StageRun:
         data, cfg = self.data.config, self.stage.evaluation
         if not data.eval_json:
             return None
+        place = self.place
+        of_both = (
+            *(place.model, self.compute, place.layout),
+            *(data, self._loader(data), place.tokenizer),
+        )
         if self.stage.objective == "ctc":
-            return CTCValidator(
-                self.place.model,
-                self.compute,
-                self.place.layout,
-                data,
-                self._loader(data),
-                self.place.tokenizer,
-                max_samples=cfg.max_samples,
-                ctc=self.stage.ctc,
-            )
+            return CTCValidator(*of_both, max_samples=cfg.max_samples, ctc=self.stage.ctc)
         return Validator(
-            self.place.model,
-            self.compute,
-            self.place.layout,
-            data,
-            self._loader(data),
-            self.place.tokenizer,
-            eos_token_id=eos_token_ids(self.place.tokenizer),
+            *of_both,
+            eos_token_id=eos_token_ids(place.tokenizer),
             max_samples=cfg.max_samples,
             max_new_tokens=cfg.max_new_tokens,
             batch_rows=cfg.batch_rows,

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llaso_jax.json_lines import drop_torn_line
 from llaso_jax.planning.hardware import find_accelerator
 
 
@@ -53,14 +54,6 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     self._events.add_scalar(f"{stage}/{kind}/{name}", value, step)
-
-
-def drop_torn_line(path: Path) -> None:
-    """Remove what a process that ended while writing left after the last whole line."""
-    if path.is_file():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

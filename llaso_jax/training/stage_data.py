@@ -138,7 +138,7 @@ class StageData:
             self._ledger.check(step, progress["ledger"])
         wait_for_all(f"{self._name}: ledger checked")
         self._ledger.open(step, progress["ledger"])
-        self._drawn = Counter(progress.get("drawn", {}))
+        self._drawn = Counter(progress["drawn"])
         for lane, batches in self._lanes.items():
             batches.set_state(progress["data"][str(lane)])
 

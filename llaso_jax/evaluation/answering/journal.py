@@ -1,7 +1,6 @@
 """Answers on disk as they are made, so that a run that was killed goes on where it stopped."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from llaso_jax.evaluation.errors import MalformedFileError
 from llaso_jax.evaluation.json_records import read_json_file
 from llaso_jax.evaluation.predictions import SUFFIX
 from llaso_jax.evaluation.scores_file import write_json
+from llaso_jax.json_lines import drop_torn_line
 
 SETTINGS_FILE = "run.json"
 
@@ -30,11 +30,9 @@ class Journal:
         """Answers by number of the question; a last line that was cut short is dropped."""
         if not self._lines.is_file():
             return {}
-        whole, _, torn = self._lines.read_bytes().rpartition(b"\n")
-        if torn:
-            os.truncate(self._lines, len(whole) + bool(whole))
+        drop_torn_line(self._lines)
         answers: dict[int, dict[str, Any]] = {}
-        for place, line in enumerate(whole.split(b"\n"), 1):
+        for place, line in enumerate(self._lines.read_bytes().split(b"\n"), 1):
             if not line:
                 continue
             try:
