@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -13,6 +12,7 @@ from evaluation_folders import write_model
 
 from llaso_jax.evaluate import main
 from llaso_jax.evaluation.errors import JudgeError
+from llaso_jax.evaluation.judge import openai_judge
 from llaso_jax.evaluation.judge.features import FEATURES, features
 from llaso_jax.evaluation.judge.fitting import Judged, fit, held_out_agreement, predict
 from llaso_jax.evaluation.judge.local import LocalJudge, agreement_line, fitted
@@ -41,6 +41,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, script) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.asked, self.lock = list(script), [], threading.Lock()
+        self.given_up = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, client_address):
@@ -53,12 +54,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.asked.append((time.monotonic(), body))
+            self.server.asked.append(body)
             script = self.server.script
             status, answer = script.pop(0) if len(script) > 1 else script[0]
         if status == "slow":
-            time.sleep(0.6)
-            status = 200
+            self.server.given_up.wait(60)  # which ends the connection without an answer
+            return
         content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -79,6 +80,7 @@ def endpoint(*script):
     try:
         yield server
     finally:
+        server.given_up.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -96,7 +98,7 @@ def asked(tmp_path):
 @pytest.fixture
 def judge(tmp_path):
     def make(server: Endpoint, **settings) -> OpenAIJudge:
-        defaults = {"workers": 1, "timeout": 0.3, "retries": 3}
+        defaults = {"workers": 1, "timeout": 30, "retries": 3}
         return OpenAIJudge("m", server.url, tmp_path / "cache", **{**defaults, **settings})
 
     return make
@@ -109,7 +111,7 @@ def test_the_published_prompt_is_sent_and_its_score_read(asked, judge):
     with endpoint(GOOD) as server:
         judged = judge(server)(*asked)
     assert judged.scores == (4, 4, 4)
-    _, body = server.asked[0]
+    body = server.asked[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.1, 4096)
     system, user = (message["content"] for message in body["messages"])
     assert "Score: <integer 1-5>" in system
@@ -147,8 +149,9 @@ def _changed(predictions):
     ],
 )
 def test_a_request_that_fails_is_sent_again(asked, judge, failure):
+    seconds = 1 if failure[0] == "slow" else 30
     with endpoint(failure, GOOD) as server:
-        judged = judge(server)(*asked)
+        judged = judge(server, timeout=seconds)(*asked)
     assert judged.scores == (4, 4, 4)
     assert len(server.asked) == 4
 
@@ -192,19 +195,39 @@ def test_refusals_and_endless_failures_are_errors_that_keep_what_was_judged(aske
         assert len(server.asked) == 5  # the first was kept
 
 
-def test_requests_start_no_faster_than_the_rate(asked, judge):
+class StandingClock:
+    """A time that does not pass; `slept` holds how long each wait would have been."""
+
+    def __init__(self):
+        self.slept = []
+
+    def monotonic(self) -> float:
+        return 100.0
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> StandingClock:
+    clock = StandingClock()
+    monkeypatch.setattr(openai_judge, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_requests_start_no_faster_than_the_rate(asked, judge, clock, workers):
     with endpoint(GOOD) as server:
-        judge(server, per_minute=600, workers=3)(*asked)
-    times = [moment for moment, _ in server.asked]
-    assert times[-1] - times[0] >= 0.19  # two gaps of 0.1 s, whatever the workers
+        judge(server, per_minute=600, workers=workers)(*asked)
+    assert sorted(clock.slept) == pytest.approx([0, 0.1, 0.2])
 
 
-def test_requests_that_are_sent_again_keep_to_the_rate_too(asked, judge):
+def test_requests_that_are_sent_again_keep_to_the_rate_too(asked, judge, clock):
     with endpoint((429, {}), (429, {}), GOOD) as server:
         judge(server, per_minute=600)(*asked)
-    times = [moment for moment, _ in server.asked]
-    assert len(times) == 5
-    assert min(np.diff(times)) >= 0.09
+    assert len(server.asked) == 5
+    # what the endpoint asks for after a failure (10 ms) comes on top of each request's turn
+    assert clock.slept == pytest.approx([0, 0.01, 0.1, 0.01, 0.2, 0.3, 0.4])
 
 
 def test_what_another_endpoint_said_is_not_taken(asked, judge):

@@ -101,11 +101,11 @@ def ended(monkeypatch):
     return codes
 
 
-def watch(store, index=0, timeout=0.4):
+def watch(store, index=0, timeout=20):
     return Peers(store, index=index, count=2, timeout=timeout)
 
 
-def wait_until(condition, seconds=5):
+def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -121,18 +121,16 @@ def test_the_watch_is_faster_than_jax_and_both_than_the_time_stated(timeout):
 
 def test_processes_that_beat_and_end_together_are_left_alone(ended):
     store = Store()
-    with watch(store), watch(store, index=1):
-        time.sleep(1.0)
+    with watch(store, timeout=4), watch(store, index=1, timeout=4):
+        time.sleep(1.5 * silence_seconds(4))
     assert ended == []
     assert [json.loads(value) for value in store.values()] == [{"done": True}] * 2
 
 
 def test_a_process_that_falls_silent_ends_the_other(ended, capsys):
     store = Store()
-    started = time.monotonic()
-    with watch(store):
+    with watch(store, timeout=0.4):
         wait_until(lambda: ended)
-    assert time.monotonic() - started < 0.8
     assert ended[0] == 75
     assert "process 1 of 2 is lost: nothing was heard of it" in capsys.readouterr().err
 
