@@ -1,4 +1,5 @@
-"""Make corpora: `llaso prepare mini` of synthetic speech, `asterisk` of held-out human prompts; `audit` compares two.
+"""Make corpora: `llaso prepare mini` of synthetic speech, `asterisk` of held-out human prompts; `wordnet` writes
+sentences to speak; `audit` compares two corpora.
 
 `mini` needs no recordings and no network: voices of espeak-ng and Piper speak sentences that ship with the project, an
 ASR model listens to every clip, and what it does not understand is left out. The same command goes on after a stop.
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llaso_jax.arguments import at_least
 from llaso_jax.errors import user_errors
 
 EXAMPLES = """\
@@ -22,6 +24,9 @@ examples:
     llaso prepare mini --output small/ --clips 200 --engines espeak --no-filter
   the held-out human prompts of two Debian packages (apt-get download names them)
     llaso prepare asterisk asterisk-core-sounds-en*.deb --output held-out/
+  sentences of a wide vocabulary from a Debian package (apt-get download wordnet-base), and a corpus that speaks them
+    llaso prepare wordnet wordnet-base*.deb --output wordnet.txt
+    llaso prepare mini --sentences wordnet.txt --rule-share 0.4 --output corpus/ --workers 2
   does training data hold texts or recordings of evaluation data; exit code 1 if so
     llaso prepare audit --train corpus/align_train.json --eval held-out/eval.json --output audit/
 """
@@ -35,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     console = Console(stderr=True, soft_wrap=True)
     try:
-        return {"mini": _mini, "asterisk": _asterisk, "audit": _audit}[args.command](args, console)
+        return COMMANDS[args.command](args, console)
     except user_errors() as error:
         console.print(f"llaso prepare: error: {error}", style="red", markup=False)
         return EXIT_ERROR
@@ -49,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 def _mini(args: argparse.Namespace, console: Console) -> int:
     from llaso_jax.evaluation.progress import progress_bar
     from llaso_jax.preparation.mini import MiniSettings, build
+    from llaso_jax.preparation.texts import SENTENCES
 
     settings = MiniSettings(
         clips=args.clips,
@@ -56,6 +62,8 @@ def _mini(args: argparse.Namespace, console: Console) -> int:
         engines=tuple(args.engines),
         recognizer=None if args.no_filter else args.recognizer,
         max_wer=args.max_wer,
+        sentences=args.sentences or SENTENCES,
+        rule_share=args.rule_share,
         held_out=tuple(args.held_out),
     )
     with progress_bar(console) as bar:
@@ -81,15 +89,28 @@ def _mini(args: argparse.Namespace, console: Console) -> int:
 
 
 def _asterisk(args: argparse.Namespace, console: Console) -> int:
-    from llaso_jax.preparation.asterisk import held_out, read_prompts, unpack, write_held_out
+    from llaso_jax.preparation.asterisk import PACKAGES, held_out, read_prompts, write_held_out
+    from llaso_jax.preparation.debian import unpack
 
     with tempfile.TemporaryDirectory() as scratch:
-        prompts = held_out(read_prompts(unpack(args.packages, Path(scratch))))
+        root = unpack(args.packages, Path(scratch), fetch=PACKAGES)
+        prompts = held_out(read_prompts(root))
         path = write_held_out(prompts, args.output)
     words = sum(prompt.words for prompt in prompts)
     console.print(
         f"{len(prompts)} prompts of {words} words in {path}", markup=False, highlight=False
     )
+    return 0
+
+
+def _wordnet(args: argparse.Namespace, console: Console) -> int:
+    from llaso_jax.preparation.debian import unpack
+    from llaso_jax.preparation.wordnet import PACKAGE, example_sentences, write_sentences
+
+    with tempfile.TemporaryDirectory() as scratch:
+        sentences = example_sentences(unpack([args.package], Path(scratch), fetch=PACKAGE))
+    write_sentences(sentences, args.output)
+    console.print(f"{len(sentences)} sentences in {args.output}", markup=False, highlight=False)
     return 0
 
 
@@ -118,6 +139,9 @@ def _audit(args: argparse.Namespace, console: Console) -> int:
     return EXIT_LEAK if found.leaks else 0
 
 
+COMMANDS = {"mini": _mini, "asterisk": _asterisk, "wordnet": _wordnet, "audit": _audit}
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -132,14 +156,14 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the corpus"
     )
     mini.add_argument(
-        "--clips", type=_at_least(1), default=5000, metavar="N", help="of all splits (%(default)s)"
+        "--clips", type=at_least(1), default=5000, metavar="N", help="of all splits (%(default)s)"
     )
     mini.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of every random choice (%(default)s)"
+        "--seed", type=at_least(0), default=0, help="of every random choice (%(default)s)"
     )
     mini.add_argument(
         "--workers",
-        type=_at_least(0),
+        type=at_least(0),
         default=1,
         metavar="N",
         help="processes; 0: this one (%(default)s)",
@@ -160,6 +184,14 @@ def _parser() -> argparse.ArgumentParser:
         help="word errors up to which a clip is understood (%(default)s)",
     )  # fmt: skip
     mini.add_argument(
+        "--sentences", type=Path, metavar="FILE",
+        help="texts to speak, one a line (those of the package); `llaso prepare wordnet` makes such a file",
+    )  # fmt: skip
+    mini.add_argument(
+        "--rule-share", type=float, default=0.7, metavar="SHARE",
+        help="of what is transcribed, texts made by rule instead of sentences (%(default)s)",
+    )  # fmt: skip
+    mini.add_argument(
         "--held-out", nargs="+", type=Path, default=[], metavar="JSON",
         help="further evaluation files that training may not share texts with",
     )  # fmt: skip
@@ -176,6 +208,20 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     asterisk.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the set"
+    )
+
+    wordnet = commands.add_parser(
+        "wordnet",
+        help="a file of sentences of a wide vocabulary",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    wordnet.add_argument(
+        "package", type=Path, metavar="FOLDER_OR_DEB",
+        help="the package wordnet-base: the .deb file, or a folder that holds it unpacked",
+    )  # fmt: skip
+    wordnet.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="of the sentences"
     )
 
     audit = commands.add_parser(
@@ -197,24 +243,14 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="DIR", help="folder for audit.json and audit.txt"
     )
     audit.add_argument(
-        "--run", type=_at_least(0), default=5, metavar="N",
+        "--run", type=at_least(0), default=5, metavar="N",
         help="words in a row that no two texts may share; 0: only equal texts are sought (%(default)s)",
     )  # fmt: skip
     audit.add_argument("--no-audio", action="store_true", help="compare texts only")
     audit.add_argument(
-        "--workers", type=_at_least(1), default=1, metavar="N", help="processes (%(default)s)"
+        "--workers", type=at_least(1), default=1, metavar="N", help="processes (%(default)s)"
     )
     return parser
-
-
-def _at_least(lowest: int):
-    def number(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value}: at least {lowest} is needed")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

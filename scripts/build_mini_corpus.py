@@ -34,7 +34,9 @@ import soxr
 
 from llaso_jax.data.prompt import PURE_AUDIO_TEXT
 from llaso_jax.errors import DataError
-from llaso_jax.preparation.asterisk import HELD_OUT_WORDS, read_prompts, unpack
+from llaso_jax.preparation.asterisk import HELD_OUT_WORDS, PACKAGES, read_prompts
+from llaso_jax.preparation.chance import generator
+from llaso_jax.preparation.debian import unpack
 from llaso_jax.preparation.records import ASR_TEMPLATES, write_records
 from llaso_jax.speech.audio_file import encode
 from llaso_jax.speech.errors import SpeechError
@@ -148,9 +150,8 @@ class Clip:
 
 
 def rng(*names: object) -> random.Random:
-    """An independent generator for each name, so that one choice never shifts another."""
-    digest = hashlib.sha256("/".join(map(str, (SEED, *names))).encode()).digest()
-    return random.Random(int.from_bytes(digest[:8], "big"))
+    """The generator of this corpus for a choice of these names."""
+    return generator(SEED, *names)
 
 
 # ---------------------------------------------------------------------------------- audio
@@ -633,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"build_mini_corpus: {error}") from error
     with espeak, tempfile.TemporaryDirectory() as scratch:
         try:
-            human = human_clips(unpack(arguments.asterisk, Path(scratch)))
+            human = human_clips(unpack(arguments.asterisk, Path(scratch), fetch=PACKAGES))
         except DataError as error:
             raise SystemExit(f"--asterisk: {error}") from error
         for folder in ("audio", "tokenizer"):

@@ -1,18 +1,18 @@
 """The held-out human prompts: read from packages or a folder, all of four words or more, remarks left out."""
 
 import gzip
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
+from debian_packages import debian_package
 
 from llaso_jax.data.records import RecordSource
 from llaso_jax.errors import DataError
-from llaso_jax.preparation.asterisk import held_out, read_prompts, unpack, write_held_out
+from llaso_jax.preparation.asterisk import PACKAGES, held_out, read_prompts, write_held_out
+from llaso_jax.preparation.debian import unpack
 from llaso_jax.preparation.grams import Grams
 from llaso_jax.prepare import main
 
@@ -41,24 +41,6 @@ def unpacked(tmp_path) -> Path:
     texts.mkdir()
     (texts / "core-sounds-en.txt.gz").write_bytes(gzip.compress(TRANSCRIPTS.encode()))
     return tmp_path / "both"
-
-
-def debian_package(folder: Path, path: Path, *, member: str = "data.tar.xz") -> Path:
-    """A .deb with the files of `folder`: an ar archive of three members, as dpkg writes it."""
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:xz") as tar:
-        tar.add(folder, arcname=".")
-    members = [
-        ("debian-binary", b"2.0\n"),
-        ("control.tar.xz", b"odd"),
-        (member, archive.getvalue()),
-    ]
-    with path.open("wb") as file:
-        file.write(b"!<arch>\n")
-        for name, data in members:
-            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode())
-            file.write(data + b"\n" * (len(data) % 2))
-    return path
 
 
 def test_prompts_of_four_words_or_more_are_held_out(unpacked):
@@ -95,7 +77,7 @@ def test_the_command_writes_an_evaluation_set(unpacked, tmp_path, capsys):
 def test_packages_are_read_as_their_content(unpacked, tmp_path):
     deb = debian_package(unpacked, tmp_path / "sounds.deb")
     (tmp_path / "scratch").mkdir()
-    root = unpack([deb], tmp_path / "scratch")
+    root = unpack([deb], tmp_path / "scratch", fetch=PACKAGES)
     assert held_out(read_prompts(root)) == [
         prompt._replace(file=root / prompt.file.relative_to(unpacked))
         for prompt in held_out(read_prompts(unpacked))
@@ -112,14 +94,14 @@ def test_packages_are_read_as_their_content(unpacked, tmp_path):
 def test_what_is_no_package_is_refused(tmp_path, content, told):
     (tmp_path / "x.deb").write_bytes(content)
     with pytest.raises(DataError, match=told):
-        unpack([tmp_path / "x.deb"], tmp_path)
+        unpack([tmp_path / "x.deb"], tmp_path, fetch=PACKAGES)
 
 
 def test_a_package_of_unknown_compression_is_refused(unpacked, tmp_path):
     deb = debian_package(unpacked, tmp_path / "x.deb")
     deb.write_bytes(deb.read_bytes().replace(b"\xfd7zXZ", b"(\xb5/\xfdX", 1))
     with pytest.raises(DataError, match=r"data\.tar\.xz cannot be unpacked"):
-        unpack([deb], tmp_path)
+        unpack([deb], tmp_path, fetch=PACKAGES)
 
 
 def test_one_package_alone_is_not_enough(tmp_path):

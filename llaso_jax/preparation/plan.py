@@ -5,7 +5,6 @@ smaller one, and an interrupted build goes on.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import random
@@ -15,6 +14,7 @@ from typing import Any, TypeVar, get_args
 from llaso_jax.data.sound import NoiseColor
 from llaso_jax.errors import ConfigError
 from llaso_jax.preparation import questions
+from llaso_jax.preparation.chance import generator
 from llaso_jax.preparation.grammar import rule_text
 from llaso_jax.preparation.grams import Grams
 from llaso_jax.preparation.records import ASR_TEMPLATES, Layout, asr_record, record
@@ -30,7 +30,7 @@ HELD_SHARE = 0.06  # of all clips, in each of dev and test
 FAMILIES = {"speech": 0.55, "voice": 0.2, "question": 0.15, "command": 0.1}
 PIPER_SHARE = 0.85  # of clips that are about words: Whisper tiny.en drops 17 % of Piper's, 74 % of espeak-ng's
 ESPEAK_ACCENTS = ("american", "british")  # of such clips; questions about voices have all
-RULE_SHARE = 0.7  # of utterances: there are more texts by rule than sentences
+RULE_SHARE = 0.7  # of utterances, by default: the project's own sentences are few
 JOINED_SHARE = 0.6  # of clips of the family "speech": several texts, one after the other
 LONGEST = 30  # words of a clip
 TRIES = 200  # drawn texts until one is of the split that is wanted
@@ -88,6 +88,7 @@ def make_plan(
     clips: int,
     seed: int,
     engines: Sequence[str],
+    rule_share: float = RULE_SHARE,
     held_out: Sequence[Grams] = (),
 ) -> Plan:
     """Plan `clips` recordings.
@@ -95,6 +96,7 @@ def make_plan(
     Args:
         sentences: texts to speak, besides those made by rule.
         engines: "espeak", "piper" or both; without espeak there are no questions about voices.
+        rule_share: of what the family "speech" says, texts by rule; the others are sentences.
         held_out: runs of words that nothing may share.
 
     Raises:
@@ -106,7 +108,9 @@ def make_plan(
         )
     if not engines:
         raise ConfigError("no engine was given; espeak, piper or both are needed")
-    return _Planner(sentences, seed, tuple(sorted(set(engines))), tuple(held_out)).plan(clips)
+    return _Planner(sentences, seed, tuple(sorted(set(engines))), rule_share, tuple(held_out)).plan(
+        clips
+    )
 
 
 def shares(total: int, parts: dict[str, float]) -> dict[str, int]:
@@ -127,11 +131,13 @@ class _Planner:
         sentences: Sequence[str],
         seed: int,
         engines: tuple[str, ...],
+        rule_share: float,
         held_out: tuple[Grams, ...],
     ) -> None:
         self._seed = seed
         self._voices = [voice for engine in engines for voice in known_voices(engine)]
         self._engines = engines
+        self._rule_share = rule_share
         self._held_out = held_out
         self._leaking: set[str] = set()
         clean = [text for text in sentences if self._clean(text)]
@@ -171,7 +177,7 @@ class _Planner:
     def _family(self, family: str, split: Split) -> Iterator[PlannedClip]:
         deck = self._deck(split)
         for index in itertools.count():
-            clip = _Clip(self._random(family, split, index), split, family, index)
+            clip = _Clip(generator(self._seed, family, split, index), split, family, index)
             if family == "speech":
                 self._speech(clip, deck)
             elif family == "voice":
@@ -188,7 +194,9 @@ class _Planner:
         texts: list[str] = []
         words = 0
         while words < wanted:
-            text = self._rule(choose, clip.split) if choose.random() < RULE_SHARE else next(deck)
+            text = (
+                self._rule(choose, clip.split) if choose.random() < self._rule_share else next(deck)
+            )
             length = len(transcript(text).split())
             if texts and words + length > LONGEST:
                 break
@@ -283,7 +291,7 @@ class _Planner:
         """All sentences of a split in a random order, again and again."""
         for turn in itertools.count():
             texts = list(self._sentences[split])
-            self._random("deck", split, turn).shuffle(texts)
+            generator(self._seed, "deck", split, turn).shuffle(texts)
             yield from texts
 
     def _any_voice(self, choose: random.Random) -> Voice:
@@ -299,11 +307,6 @@ class _Planner:
             pitch=round(choose.uniform(low, high), 2),
             seed=choose.getrandbits(31),
         )
-
-    def _random(self, *names: object) -> random.Random:
-        """An independent generator for each name, so that one choice never shifts another."""
-        digest = hashlib.sha256("/".join(map(str, (self._seed, *names))).encode()).digest()
-        return random.Random(int.from_bytes(digest[:8], "big"))
 
 
 def _plain(voice: Voice, engine: str) -> bool:
@@ -330,7 +333,7 @@ class _Clip:
         self.family = family
         self.index = index
         self._name = f"{split}-{family}-{index:05d}"
-        self._path = f"audio/{split}/{family}-{index:05d}.opus"
+        self._path = f"audio/{split}/{family}-{index:05d}.flac"
         self._records: list[dict[str, Any]] = []
         self._spoken: list[bool] = []
         self._spec: ClipSpec | None = None

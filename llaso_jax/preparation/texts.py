@@ -5,6 +5,7 @@ whatever its size and seed.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,16 @@ def read_texts(path: Path = SENTENCES) -> list[str]:
     """The texts of a file, one a line; lines that start with # and empty ones are passed over."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def source_of(path: Path = SENTENCES) -> str:
+    """What the first lines of a file of texts say about it, those that start with #; empty if there are none."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in itertools.takewhile(_is_remark, lines))
+
+
+def _is_remark(line: str) -> bool:
+    return line.startswith("#")
 
 
 def spoken_words(text: str) -> list[str]:

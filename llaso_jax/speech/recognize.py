@@ -35,8 +35,9 @@ class Recognizer:
         folder = model_folder(name)
         ctranslate2 = optional_module("ctranslate2", use=USE, extra="asr")
         self._features = ctranslate2.StorageView.from_array
+        # Weights in 8 bits: 8.7 s for 271 s of speech, in float32 18.8; 50 of 60 transcripts are the same.
         self._model = ctranslate2.models.Whisper(
-            str(folder), device="cpu", compute_type="float32", intra_threads=1
+            str(folder), device="cpu", compute_type="int8_float32", intra_threads=1
         )
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         task = ["<|en|>", "<|transcribe|>"] if self._model.is_multilingual else []
