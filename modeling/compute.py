@@ -21,8 +21,8 @@ class ComputeConfig:
     """Compute choices shared by encoder and decoder.
 
     Attributes:
-      dtype: dtype of activations and matrix products. float32 on CPU (XLA:CPU bf16 is 2.5-12.7x
-        slower), bfloat16 on accelerators; norms, softmax, RoPE and loss are f32 always.
+      dtype: dtype of activations and matrix products; norms, softmax, RoPE and loss are f32 always. bfloat16 on
+        accelerators; on a CPU it is faster where weights are frozen (kernels/product.py), and slower in generation.
       remat: what the backward pass recomputes inside a layer. none: nothing; dots: everything but
         the outputs of matrix products and of attention; layer: the whole layer; offload: the whole layer, its inputs
         waiting in the host's memory.

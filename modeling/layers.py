@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llaso_jax.modeling.dropout import dropout
+from llaso_jax.modeling.kernels.product import matrix_product
 from llaso_jax.sharding.rules import LogicalAxes, gather
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -127,7 +128,7 @@ def _contract(x: jax.Array, weight: jax.Array, num_in: int) -> jax.Array:
     out_shape = weight.shape[: weight.ndim - num_in]
     matrix = weight.reshape(math.prod(out_shape), -1)
     flat = x.reshape(*x.shape[: x.ndim - num_in], matrix.shape[1])
-    y = jax.lax.dot_general(flat, matrix, (((flat.ndim - 1,), (1,)), ((), ())))
+    y = matrix_product(flat, matrix)
     return y.reshape(*y.shape[:-1], *out_shape)
 
 

@@ -4,8 +4,8 @@ python scripts/benchmark_cpu.py [--repeats 10] [--cases encoder decoder align ..
 
 Layers have the sizes of LLaSO-Base (Whisper-large-v3, Llama-3.2-3B) and are few: 2 of 32 and 2 of 28, with a 14th
 of the vocabulary, so that layers and output head keep their proportions. Sides run in turn in one process with
-two threads; a row gives the median and the least and most milliseconds, and how much faster we are. torch runs eagerly,
-compiled, and in bfloat16 (the CPU's own, which XLA does not use well: it is shown, our side stays f32).
+two threads; a row gives the median and the least and most milliseconds, and how much faster we are in the same dtype.
+torch runs eagerly, compiled, and in bfloat16; we in f32, and in bfloat16 where nothing is generated.
 
   encoder   Whisper encoder, one 30 s clip, forward
   decoder   Llama layers over 512 embeddings, forward
@@ -30,6 +30,7 @@ from typing import Any
 CASES = ("encoder", "decoder", "align", "step", "short", "decode")
 THREADS = 2
 LAYERS = 2
+F32_APART, BF16_APART = 1e-4, 0.05  # most that outputs may differ, over the largest
 VOCABULARY = 128_256 * LAYERS // 28
 PROMPT, ANSWERS = 30, 30
 FRAMES_30_S, MEL_30_S = 1500, 3000
@@ -38,10 +39,10 @@ FRAMES_9_S, MEL_9_S = 450, 900
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sides by name, the first of them "torch" and the last ours, and what both must agree in."""
+    """Sides by name, in the order they run; `checks` give how far ours of a dtype is from torch's f32."""
 
     sides: dict[str, Callable[[], Any]]
-    check: Callable[[], float] | None
+    checks: dict[str, Callable[[], float]]
     goal: float
 
 
@@ -76,10 +77,12 @@ def main() -> None:
     }
     for name in args.cases:
         case = makers[name](compiled=not args.no_compile)
-        apart = case.check() if case.check else None
-        if apart is not None and apart > 1e-4:
-            raise SystemExit(f"{name}: outputs are {apart:.1e} apart: nothing to compare")
-        report(name, case, measure(case, args.repeats), apart)
+        for dtype, check in case.checks.items():
+            apart, allowed = check(), F32_APART if dtype == "f32" else BF16_APART
+            if apart > allowed:
+                raise SystemExit(f"{name}, {dtype}: outputs are {apart:.1e} apart, not comparable")
+            print(f"{name}, {dtype}: {apart:.1e} of the largest apart", file=sys.stderr)
+        report(name, case, measure(case, args.repeats))
 
 
 def measure(case: Case, repeats: int) -> dict[str, list[float]]:
@@ -95,19 +98,20 @@ def measure(case: Case, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def report(name: str, case: Case, times: dict[str, list[float]], apart: float | None) -> None:
-    """Rows of one case."""
-    ours = statistics.median(times["llaso_jax f32"])
+def report(name: str, case: Case, times: dict[str, list[float]]) -> None:
+    """Rows of one case; torch is compared with ours of the same dtype, or of f32 if there is none."""
+    medians = {side: statistics.median(spent) for side, spent in times.items()}
     for side, spent in times.items():
-        median = statistics.median(spent)
-        faster = "" if side == "llaso_jax f32" else f"{median / ours:.2f}x"
-        goal = f"{case.goal}x" if side == "torch f32" else ""
+        faster = goal = ""
+        if side.startswith("torch"):
+            ours = medians.get(f"llaso_jax {side.split()[1]}", medians["llaso_jax f32"])
+            faster = f"{medians[side] / ours:.2f}x"
+        if side == "torch f32":
+            goal = f"{case.goal}x"
         print(
-            f"| {name} | {side} | {median:.0f} ({min(spent):.0f} to {max(spent):.0f}) | {faster} | {goal} |",
+            f"| {name} | {side} | {medians[side]:.0f} ({min(spent):.0f} to {max(spent):.0f}) | {faster} | {goal} |",
             flush=True,
         )
-    if apart is not None:
-        print(f"{name}: outputs differ by {apart:.1e} of the largest", file=sys.stderr)
 
 
 # --- torch's side ---------------------------------------------------------------------------------
@@ -198,11 +202,31 @@ def converted(whisper: Any, llama: Any, projector: Any, **options: Any) -> tuple
     return weights.cfg, load_params(weights)
 
 
+def our_sides(make: Callable[[Any, Any], Callable[[], Any]], params: Any) -> dict:
+    """`make(compute, params)` in f32 and in bfloat16."""
+    import jax
+
+    from llaso_jax.modeling.compute import ComputeConfig
+
+    low = ComputeConfig(dtype="bfloat16")
+    cast = jax.tree.map(lambda value: value.astype(low.jnp_dtype), params)
+    return {"llaso_jax f32": make(ComputeConfig(), params), "llaso_jax bf16": make(low, cast)}
+
+
+def checks_of(sides: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], float]]:
+    """How far the outputs of our sides are from torch's in f32."""
+
+    def check(dtype: str) -> Callable[[], float]:
+        return lambda: relative(sides[f"llaso_jax {dtype}"](), sides["torch f32"]())
+
+    return {dtype: check(dtype) for dtype in ("f32", "bf16")}
+
+
 def relative(ours: Any, theirs: Any) -> float:
     """Largest difference over the largest entry."""
     import numpy as np
 
-    ours, theirs = np.asarray(ours), theirs.detach().float().numpy()
+    ours, theirs = np.asarray(ours, np.float32), theirs.detach().float().numpy()
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -230,10 +254,13 @@ def encoder_case(*, compiled: bool) -> Case:
 
         return run
 
-    encode = jax.jit(lambda p, m: bind(cfg, p).audio_tower(m)[0])
-    run = lambda: encode(params, mel.numpy()).block_until_ready()  # noqa: E731
-    sides = variants(make, whisper.encoder, compiled=compiled)
-    return Case({**sides, "llaso_jax f32": run}, lambda: relative(run(), sides["torch f32"]()), 1.0)
+    def ours(compute: Any, params: Any) -> Callable[[], Any]:
+        given = mel.numpy().astype(compute.jnp_dtype)
+        encode = jax.jit(lambda p, m: bind(cfg, p, compute).audio_tower(m)[0])
+        return lambda: encode(params, given).block_until_ready()
+
+    sides = variants(make, whisper.encoder, compiled=compiled) | our_sides(ours, params)
+    return Case(sides, checks_of(sides), 1.0)
 
 
 def _decoder(positions: int = 512) -> tuple[Any, Any, Any, Any, Any]:
@@ -272,10 +299,16 @@ def decoder_case(*, compiled: bool) -> Case:
         return run
 
     positions = jnp.arange(x.shape[1])[None]
-    forward = jax.jit(lambda p, x: bind(cfg, p).language_model(x, positions, positions * 0 + 1)[0])
-    run = lambda: forward(params, x.numpy()).block_until_ready()  # noqa: E731
-    sides = variants(make, model, compiled=compiled)
-    return Case({**sides, "llaso_jax f32": run}, lambda: relative(run(), sides["torch f32"]()), 1.1)
+
+    def ours(compute: Any, params: Any) -> Callable[[], Any]:
+        given = x.numpy().astype(compute.jnp_dtype)
+        forward = jax.jit(
+            lambda p, x: bind(cfg, p, compute).language_model(x, positions, positions * 0 + 1)[0]
+        )
+        return lambda: forward(params, given).block_until_ready()
+
+    sides = variants(make, model, compiled=compiled) | our_sides(ours, params)
+    return Case(sides, checks_of(sides), 1.1)
 
 
 def align_case(*, compiled: bool) -> Case:
@@ -301,14 +334,18 @@ def align_case(*, compiled: bool) -> Case:
 
     positions = jnp.arange(x.shape[1])[None]
 
-    def objective(x: Any, p: Any, weight: Any) -> Any:
-        out = bind(cfg, p).language_model(x, positions, positions * 0 + 1)[0]
-        return (out * weight).sum()
+    def ours(compute: Any, params: Any) -> Callable[[], Any]:
+        given, scale = (array.numpy().astype(compute.jnp_dtype) for array in (x, weight))
 
-    gradient = jax.jit(jax.grad(objective))
-    run = lambda: gradient(x.numpy(), params, weight.numpy()).block_until_ready()  # noqa: E731
-    sides = variants(make, model, compiled=compiled)
-    return Case({**sides, "llaso_jax f32": run}, lambda: relative(run(), sides["torch f32"]()), 1.2)
+        def objective(x: Any, p: Any, scale: Any) -> Any:
+            out = bind(cfg, p, compute).language_model(x, positions, positions * 0 + 1)[0]
+            return (out * scale).astype(jnp.float32).sum()
+
+        gradient = jax.jit(jax.grad(objective))
+        return lambda: gradient(given, params, scale).block_until_ready()
+
+    sides = variants(make, model, compiled=compiled) | our_sides(ours, params)
+    return Case(sides, checks_of(sides), 1.2)
 
 
 class UpstreamStep:
@@ -360,12 +397,16 @@ def _step_sides(*, compiled: bool, audio_mode: str) -> dict[str, Callable[[], An
     low = [module.to(torch.bfloat16) for module in copy.deepcopy(modules)]
     sides["torch bf16"] = UpstreamStep(low[0], low[1], low[2], ids, mel)
     short = audio_mode == "true_length"
-    sides["llaso_jax f32"] = our_step(cfg, params, ids.numpy(), mel.numpy(), short=short)
+    data = ids.numpy(), mel.numpy()
+    for name, dtype in (("f32", "float32"), ("bf16", "bfloat16")):
+        sides[f"llaso_jax {name}"] = our_step(cfg, params, *data, short=short, dtype=dtype)
     return sides
 
 
-def our_step(cfg: Any, params: Any, ids: Any, mel: Any, *, short: bool) -> Callable[[], Any]:
-    """Our training step on one row, state carried from call to call."""
+def our_step(
+    cfg: Any, params: Any, ids: Any, mel: Any, *, short: bool, dtype: Any
+) -> Callable[[], Any]:
+    """Our training step on one row, state carried from call to call; frozen weights are of the compute dtype."""
     import jax
     import numpy as np
 
@@ -388,9 +429,9 @@ def our_step(cfg: Any, params: Any, ids: Any, mel: Any, *, short: bool) -> Calla
     scales = learning_rate_scales(abstract_params(cfg), rules)
     # As torch's AdamW: nothing is clipped, decay 0.01.
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1e9, weight_decay=0.01), scales)
-    trainable, frozen = split_params(params, scales, np.float32, layout)
+    trainable, frozen = split_params(params, scales, dtype, layout)
     state = create_state(trainable, optimizer, layout)
-    step = make_train_step(cfg, ComputeConfig(), optimizer, trainable, layout)
+    step = make_train_step(cfg, ComputeConfig(dtype=dtype), optimizer, trainable, layout)
     at = np.concatenate([np.arange(PROMPT), np.arange(PROMPT + frames, length)])
     tokens, slots = np.zeros(length, np.int32), np.full(length, -1, np.int32)
     tokens[at] = ids
@@ -419,17 +460,21 @@ def step_case(*, compiled: bool) -> Case:
     """The whole step in `padded` mode; losses of the first two steps must agree."""
     sides = _step_sides(compiled=compiled, audio_mode="padded")
 
-    def check() -> float:
-        pairs = [(float(sides["llaso_jax f32"]()), float(sides["torch f32"]())) for _ in range(2)]
-        return max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+    def losses(side: str) -> list[float]:
+        return [float(sides[side]()) for _ in range(2)]
 
-    return Case(sides, check, 1.35)
+    def apart(dtype: str) -> float:
+        pairs = zip(losses(f"llaso_jax {dtype}"), theirs, strict=True)
+        return max(abs(ours - their) / their for ours, their in pairs)
+
+    theirs = losses("torch f32")
+    return Case(sides, {"f32": lambda: apart("f32"), "bf16": lambda: apart("bf16")}, 1.35)
 
 
 def short_case(*, compiled: bool) -> Case:
     """The whole step on 9 s of audio."""
     sides = _step_sides(compiled=compiled, audio_mode="true_length")
-    return Case(sides, None, 5.0)
+    return Case(sides, {}, 5.0)
 
 
 def decode_case(*, compiled: bool) -> Case:
@@ -475,11 +520,8 @@ def decode_case(*, compiled: bool) -> Case:
     settings = GenerationConfig(max_new_tokens=new, eos_token_id=(), pad_token_id=0)
     run = lambda: jnp.asarray(generate_tokens(cfg, params, batch, settings).tokens)  # noqa: E731
     sides = variants(make, llama, compiled=False)
-    return Case(
-        {**sides, "llaso_jax f32": run},
-        lambda: float((np.asarray(run()) != sides["torch f32"]().numpy()).mean()),
-        1.5,
-    )
+    differ = lambda: float((np.asarray(run()) != sides["torch f32"]().numpy()).mean())  # noqa: E731
+    return Case({**sides, "llaso_jax f32": run}, {"f32": differ}, 1.5)
 
 
 if __name__ == "__main__":
