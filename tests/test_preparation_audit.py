@@ -12,10 +12,10 @@ from llaso_jax.data.audio import load_audio
 from llaso_jax.errors import ConfigError
 from llaso_jax.preparation.audit import Source, audit, compare_texts
 from llaso_jax.preparation.fingerprint import (
-    MOST_WRONG,
     FingerprintIndex,
     content_hash,
     fingerprint,
+    most_wrong,
 )
 from llaso_jax.preparation.grams import Grams, runs
 from llaso_jax.preparation.records import asr_record, record, write_records
@@ -149,7 +149,26 @@ def test_other_recordings_of_the_same_speaker_are_not_found(clips):
     known, others = names[: len(names) // 2], names[len(names) // 2 :]
     index = FingerprintIndex({name: fingerprint(clips[name]) for name in known})
     assert [index.find(fingerprint(clips[name])) for name in others] == [[] for _ in others]
-    assert MOST_WRONG < 0.4
+
+
+def test_scraps_that_agree_by_chance_are_not_found(clips):
+    """Short pieces against much longer recordings: at one of many places 70 % of a few bits agree."""
+    names = list(clips)
+    joined = np.concatenate([clips[name] for name in names[:10]])
+    index = FingerprintIndex({"long": fingerprint(joined)})
+    pieces = [
+        clips[name][start : start + length]
+        for name in names[10:]
+        for length in (7_000, 9_000, 12_000)
+        for start in range(0, len(clips[name]) - length, 1_000)
+    ]
+    assert len(pieces) > 300
+    assert [match for piece in pieces for match in index.find(fingerprint(piece))] == []
+    assert most_wrong(50) < most_wrong(100) < most_wrong(200) == most_wrong(2000)
+
+
+def test_a_second_of_a_recording_is_found(clips, index):
+    assert [match.name for match in index.find(fingerprint(clips["clip3"][:RATE]))] == ["clip3"]
 
 
 def test_silence_is_like_nothing(index):
