@@ -20,6 +20,7 @@ from llaso_jax.training.optimizer import OptimizerConfig, learning_rate_scales
 from llaso_jax.training.state import Layout
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+OF_ONE_DEVICE = ("mini_align",)  # batches of two CPU cores, too small to split
 LLASO_BASE = tuple(name for name in NAMES if name.startswith("llaso_base"))
 
 # Llama-3.2's 128,256 tokens and the five of LLaSO.
@@ -75,7 +76,7 @@ def test_batches_of_a_recipe_suit_its_model(name: str):
         assert longest < stage.data.sequence_length, "not even one chunk of audio fits a row"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_ONE_DEVICE])
 def test_micro_batches_of_a_recipe_split_over_8_devices(name: str):
     for stage in load_config(name).stages:
         assert (stage.data.rows // stage.accumulation) % 8 == 0

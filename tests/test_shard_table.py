@@ -17,13 +17,14 @@ from llaso_jax.sharding.report import ShardRow, replicated_share, shard_row
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+MESHES = dict.fromkeys(RECIPE_NAMES, "4x2") | {"mini_align": "8x1"}  # its 3 key/value heads: no 2
 
 
-@pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_the_layout_of_every_recipe_is_the_reviewed_one(name: str):
-    golden = GOLDEN / f"sharding_{name}_4x2.txt"
-    assert recipe_shards(load_config(name), "4x2") == golden.read_text(), (
-        f"if the change is meant: llaso shard-table --config {name} --mesh 4x2 --output {golden}"
+@pytest.mark.parametrize(("name", "mesh"), MESHES.items())
+def test_the_layout_of_every_recipe_is_the_reviewed_one(name: str, mesh: str):
+    golden = GOLDEN / f"sharding_{name}_{mesh}.txt"
+    assert recipe_shards(load_config(name), mesh) == golden.read_text(), (
+        f"if the change is meant: llaso shard-table --config {name} --mesh {mesh} --output {golden}"
     )
 
 
