@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llaso_jax.modeling.dropout import layer_keys, use_dropout
 from llaso_jax.modeling.kernels.attention.api import Implementation
 from llaso_jax.modeling.kernels.attention.residuals import RESIDUALS
+from llaso_jax.modeling.kernels.product import PRODUCT
 
 RematPolicy = Literal["none", "dots", "layer", "offload"]
 _LAYER_INPUT = "layer_input"
@@ -76,7 +77,8 @@ def _rematerialize(body: Callable, policy: RematPolicy) -> Callable:
     saved = {
         # The kernels' and loops' own products are inside attention, whose results are all that is kept of it.
         "dots": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(RESIDUALS)
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(RESIDUALS, PRODUCT),
         ),
         "layer": policies.nothing_saveable,
         "offload": policies.save_and_offload_only_these_names(

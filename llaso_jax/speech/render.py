@@ -135,7 +135,8 @@ def _in_processes(
     futures: deque[Future[list[Outcome]]] = deque()
     try:
         for batch in batches:
-            futures.append(pool.submit(_make, batch, folder, recognizer))
+            with _interrupts_wait():  # a process that is started has no handler of its own yet
+                futures.append(pool.submit(_make, batch, folder, recognizer))
             if len(futures) > AHEAD * workers:
                 yield _first(futures)
         while futures:
@@ -153,6 +154,16 @@ def _in_processes(
                 journal.add(future.result())
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is answered afterwards; processes that are started meanwhile never see it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _first(futures: deque[Future[list[Outcome]]]) -> list[Outcome]:
     outcomes = futures[0].result()  # Ctrl-C comes here: it must not lose what is under way
     futures.popleft()
@@ -166,7 +177,7 @@ _stop: Event | None = None
 def _start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
-    # Ctrl-C reaches every process of a terminal; the caller answers it, for all.
+    # Ctrl-C reaches every process of a terminal; the caller answers it, for all. Until here it was blocked.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -9,8 +9,12 @@ sums over devices travel in bfloat16.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llaso_jax.sharding.rules import target_device
+
+PRODUCT = "matrix_product"
+"""Name of results for rematerialization: a policy sees no product inside a custom gradient."""
 
 
 def matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -24,7 +28,7 @@ def matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
       [..., O] in that dtype; sums are float32.
     """
     if x.dtype == jnp.bfloat16 and target_device()[0] == "cpu":
-        return _wide_product(x, weight)
+        return checkpoint_name(_wide_product(x, weight), PRODUCT)
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
