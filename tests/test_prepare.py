@@ -28,6 +28,22 @@ needs_espeak = pytest.mark.skipif(
 )
 SMALL = MiniSettings(clips=20, seed=5, engines=("espeak",), recognizer=None)
 
+COLORS = ["red", "green", "blue", "white", "black", "brown", "grey", "pink", "golden", "silver"]
+ANIMALS = [
+    "cat",
+    "dog",
+    "horse",
+    "cow",
+    "mouse",
+    "bear",
+    "fox",
+    "wolf",
+    "owl",
+    "hen",
+    "duck",
+    "goose",
+]
+
 
 def command(output: Path, *more: str) -> int:
     told = ["mini", "--output", str(output), "--clips", "20", "--seed", "5", "--workers", "0"]
@@ -182,9 +198,30 @@ def test_texts_of_held_out_files_are_not_spoken(tmp_path):
     assert set(long) & set(read_texts())
 
 
-def test_a_word_error_rate_that_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match=r"max_wer is 2"):
-        MiniSettings(max_wer=2)
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"max_wer": 2}, "max_wer is 2"),
+        ({"rule_share": -0.1}, "rule_share is -0.1"),
+        ({"sentences": Path("nowhere.txt")}, "nowhere.txt is no file; --sentences needs one"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting, told):
+    with pytest.raises(ConfigError, match=told):
+        MiniSettings(**setting)
+
+
+@needs_espeak
+def test_a_corpus_of_other_texts_speaks_them_alone(tmp_path):
+    mine = [f"the {color} {animal} sleeps here" for color in COLORS for animal in ANIMALS]
+    (tmp_path / "mine.txt").write_text("# By hand.\n" + "\n".join(mine), encoding="utf-8")
+    settings = MiniSettings(
+        clips=20, engines=("espeak",), sentences=tmp_path / "mine.txt", rule_share=0
+    )
+    clips = [clip for clip in mini.plan_of(settings).clips if clip.family == "speech"]
+    said = {utterance.text for clip in clips for utterance in clip.spec.utterances}
+    assert said
+    assert said <= set(mine)
 
 
 def test_a_missing_engine_is_told_with_its_extra(tmp_path, monkeypatch, capsys):

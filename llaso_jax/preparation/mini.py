@@ -65,6 +65,11 @@ class MiniSettings:
             raise ConfigError(f"max_wer is {self.max_wer}; 0 (no error) to 1 is needed")
         if not 0 <= self.rule_share <= 1:
             raise ConfigError(f"rule_share is {self.rule_share}; 0 (sentences) to 1 is needed")
+        if not self.sentences.is_file():
+            raise ConfigError(
+                f"{self.sentences} is no file; --sentences needs one of texts, one a line, as `llaso prepare wordnet` "
+                "writes it"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What may not change in a folder: another number of clips, or another filter, goes on with what is there."""
