@@ -23,7 +23,7 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
 def read_texts(path: Path = SENTENCES) -> list[str]:
     """The texts of a file, one a line; lines that start with # and empty ones are passed over."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for line in lines if line and not _is_remark(line)]
 
 
 def source_of(path: Path = SENTENCES) -> str:
