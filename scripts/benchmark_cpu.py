@@ -408,6 +408,7 @@ def our_step(
 ) -> Callable[[], Any]:
     """Our training step on one row, state carried from call to call; frozen weights are of the compute dtype."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from llaso_jax.modeling.compute import ComputeConfig
@@ -429,6 +430,7 @@ def our_step(
     scales = learning_rate_scales(abstract_params(cfg), rules)
     # As torch's AdamW: nothing is clipped, decay 0.01.
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1e9, weight_decay=0.01), scales)
+    params = jax.tree.map(jnp.copy, params)  # a step donates its state
     trainable, frozen = split_params(params, scales, dtype, layout)
     state = create_state(trainable, optimizer, layout)
     step = make_train_step(cfg, ComputeConfig(dtype=dtype), optimizer, trainable, layout)
