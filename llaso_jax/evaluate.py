@@ -294,6 +294,13 @@ def _add_run(commands, raw) -> None:
         default="error",
         help="longer audio: stop, or use the beginning and say so (%(default)s)",
     )
+    run.add_argument(
+        "--part-seconds",
+        type=float,
+        metavar="S",
+        help="ASR: cut longer recordings at pauses into parts of at most S seconds, answer each, and join the answers "
+        "(default: recordings stay whole)",
+    )
 
 
 def _add_compare(commands, raw) -> None:

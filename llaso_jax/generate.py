@@ -5,6 +5,7 @@ of audio the model heard. Greedy unless --temperature is above 0, so the same co
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from llaso_jax.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
-    from llaso_jax.data.samples import Sample
+    from llaso_jax.inference.answers import Answer
 
 EXAMPLES = """examples:
   llaso generate --checkpoint runs/mini/model --audio question.wav
@@ -92,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
         help="longer recordings: stop, or use the beginning and say so (%(default)s)",
     )
     parser.add_argument(
+        "--part-seconds",
+        type=float,
+        metavar="S",
+        help="to transcribe long recordings: cut them at pauses into parts of at most S seconds, answer each, and join "
+        "the answers (default: recordings stay whole)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="prompts at a time (%(default)s)"
     )
     parser.add_argument("--mesh", help="devices: FSDPxTENSOR such as 8x1 (default: one device)")
@@ -107,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(args: argparse.Namespace) -> None:
     # Imported late: --help and a mistyped flag answer at once.
-    from llaso_jax.inference.batched import generate_samples
+    from llaso_jax.inference.answers import generate_answers
     from llaso_jax.inference.model import LLaSOModel
     from llaso_jax.inference.processor import LLaSOProcessor
     from llaso_jax.sharding.mesh import make_mesh
@@ -121,7 +129,9 @@ def _generate(args: argparse.Namespace) -> None:
         args.checkpoint, max_audio_seconds=args.max_audio_seconds, audio_policy=args.audio_policy
     )
     # A file that cannot be read is found before gigabytes of weights are.
-    samples = processor.samples(args.audio, args.text, audio_first=args.audio_first)
+    questions = processor.questions(
+        args.audio, args.text, audio_first=args.audio_first, part_seconds=args.part_seconds
+    )
     model = LLaSOModel.from_pretrained(args.checkpoint, mesh=mesh, dtype=args.dtype)
     settings = model.generation_config(
         max_new_tokens=args.max_new_tokens,
@@ -130,43 +140,32 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
     )
-    answers = generate_samples(
-        model.config,
-        model.params,
-        samples,
+    answers = generate_answers(
+        model,
+        processor,
+        questions,
         settings,
-        batch_rows=min(args.batch_size, len(samples)),
-        compute=model.compute,
+        batch_rows=min(args.batch_size, sum(map(len, questions))),
         mesh=mesh,
     )
-    for name, sample, ids in zip(args.audio or [None], samples, answers, strict=True):
-        ended = bool(ids) and ids[-1] in settings.eos_token_id
-        text = processor.decode(ids).strip()
-        line = _as_json if args.json else _as_text
-        sys.stdout.write(line(name, sample, text, ended, len(ids)))
+    line = _as_json if args.json else _as_text
+    for name, answer in zip(args.audio or [None], answers, strict=True):
+        sys.stdout.write(line(name, answer))
         sys.stdout.flush()
 
 
-def _as_json(name: str | None, sample: "Sample", text: str, ended: bool, tokens: int) -> str:
-    answer = {
-        "audio": name,
-        "text": text,
-        "audio_seconds": round(sample.audio_seconds, 3),
-        "audio_seconds_dropped": round(sample.seconds_dropped, 3),
-        "new_tokens": tokens,
-        "ended": ended,
-    }
-    return json.dumps(answer, ensure_ascii=False) + "\n"
+def _as_json(name: str | None, answer: "Answer") -> str:
+    return json.dumps({"audio": name, **dataclasses.asdict(answer)}, ensure_ascii=False) + "\n"
 
 
-def _as_text(name: str | None, sample: "Sample", text: str, ended: bool, tokens: int) -> str:
-    notes = [f"{sample.audio_seconds:.1f} s of audio"] if name else []
-    if sample.seconds_dropped:
-        notes.append(f"{sample.seconds_dropped:.1f} s past --max-audio-seconds not used")
-    if not ended:
-        notes.append(f"cut off at {tokens} tokens, see --max-new-tokens")
+def _as_text(name: str | None, answer: "Answer") -> str:
+    notes = [f"{answer.audio_seconds:.1f} s of audio"] if name else []
+    if answer.audio_seconds_dropped:
+        notes.append(f"{answer.audio_seconds_dropped:.1f} s past --max-audio-seconds not used")
+    if not answer.ended:
+        notes.append(f"cut off at {answer.new_tokens} tokens, see --max-new-tokens")
     heading = " ".join(filter(None, [name, f"({', '.join(notes)})" if notes else ""]))
-    return f"{heading}\n{text}\n" if heading else f"{text}\n"
+    return f"{heading}\n{answer.text}\n" if heading else f"{answer.text}\n"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,6 @@ llaso train --mesh 1x1 --config mini_align --output "$out/align"
 
 step "human speech; then the same prompts, each with another's recording"
 llaso evaluate run --checkpoint "$out/align/model" --data "$out/held-out/eval.json" --output "$out/evaluation" \
-  --max-new-tokens 96 --perturb swap:1
+  --max-new-tokens 96 --part-seconds 12 --perturb swap:1
 
 step "done"

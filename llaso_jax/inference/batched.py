@@ -15,6 +15,8 @@ from llaso_jax.modeling.functional import Params
 from llaso_jax.modeling.speech_lm import SpeechLMConfig
 from llaso_jax.sharding.rules import FSDP_TENSOR, ShardingRules
 
+WINDOW = 16  # batches sorted by length together
+
 
 def generate_samples(
     cfg: SpeechLMConfig,
@@ -23,7 +25,7 @@ def generate_samples(
     generation: GenerationConfig,
     *,
     batch_rows: int,
-    window: int = 16,
+    window: int = WINDOW,
     compute: ComputeConfig | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules = FSDP_TENSOR,

@@ -9,6 +9,7 @@ import numpy as np
 
 from llaso_jax.data.audio import AudioPolicy, AudioSource, LoadedAudio, load_audio
 from llaso_jax.data.config import AudioLayout
+from llaso_jax.data.pauses import split_at_pauses
 from llaso_jax.data.prompt import AUDIO_PLACEHOLDER, PURE_AUDIO_TEXT, PromptConfig, Turn
 from llaso_jax.data.samples import Sample
 from llaso_jax.data.tokenizer import eos_token_ids, load_tokenizer
@@ -146,24 +147,70 @@ class LLaSOProcessor:
         audio_first: bool = False,
     ) -> list[Sample]:
         """The same prompts before they are batched, for `llaso_jax.inference.batched`."""
-        samples = []
+        questions = self.questions(
+            audio, text, sampling_rate=sampling_rate, audio_first=audio_first
+        )
+        return [sample for (sample,) in questions]
+
+    def questions(
+        self,
+        audio: Audios | None = None,
+        text: str | Sequence[str | None] | None = None,
+        *,
+        sampling_rate: int | None = None,
+        audio_first: bool = False,
+        part_seconds: float | None = None,
+    ) -> list[list[Sample]]:
+        """The same for `llaso_jax.inference.answers`, a list of prompts for each sample.
+
+        Args:
+          part_seconds: longer recordings are cut at pauses into parts of at most so many seconds, and each part gets
+            a prompt of its own. None: recordings stay whole.
+
+        Raises:
+          ConfigError: also parts of less than a second, or of samples with several audios.
+        """
+        questions = []
         for number, (sources, words) in enumerate(_pair(audio, text)):
             audios = [self._load(source, sampling_rate) for source in sources]
-            sample = prompt_sample(
-                [Turn("human", _place(words, len(audios), audio_first))],
-                audios,
+            turn = Turn("human", _place(words, len(audios), audio_first))
+            prompts = self.prompts([turn], audios, part_seconds=part_seconds, sample_id=str(number))
+            if dropped := sum(sample.seconds_dropped for sample in prompts):
+                logger.warning(
+                    "sample %d: %.1f s of audio are past max_audio_seconds=%g and not used",
+                    *(number, dropped, self.max_audio_seconds),
+                )
+            questions.append(prompts)
+        return questions
+
+    def prompts(
+        self,
+        turns: Sequence[Turn],
+        audios: Sequence[LoadedAudio],
+        *,
+        part_seconds: float | None = None,
+        sample_id: str = "prompt",
+    ) -> list[Sample]:
+        """The prompt of a conversation, or one for every part of its recording; see `questions`."""
+        heard: list[Sequence[LoadedAudio]] = [audios]
+        if part_seconds is not None and audios:
+            if len(audios) > 1:
+                raise ConfigError(
+                    f"{sample_id} has {len(audios)} audios and part_seconds={part_seconds:g}: only one recording "
+                    "can be asked about in parts."
+                )
+            heard = [[part] for part in split_at_pauses(audios[0], part_seconds)]
+        return [
+            prompt_sample(
+                turns,
+                some,
                 self.tokenizer,
                 layout=self.layout,
                 prompt=self.prompt,
-                sample_id=str(number),
+                sample_id=sample_id,
             )
-            if sample.seconds_dropped:
-                logger.warning(
-                    "sample %d: %.1f s of audio are past max_audio_seconds=%g and not used",
-                    *(number, sample.seconds_dropped, self.max_audio_seconds),
-                )
-            samples.append(sample)
-        return samples
+            for some in heard
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Text of one row of token ids."""

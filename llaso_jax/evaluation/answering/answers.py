@@ -1,5 +1,7 @@
 """Answers of a model to the questions of a benchmark."""
 
+import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,14 @@ from llaso_jax.errors import DataError
 from llaso_jax.evaluation.answering.journal import Journal
 from llaso_jax.evaluation.answering.questions import QuestionFile
 from llaso_jax.evaluation.errors import IncompleteRecordError
-from llaso_jax.inference.batched import generate_samples
+from llaso_jax.inference.answers import generate_answers
 from llaso_jax.inference.model import LLaSOModel
 from llaso_jax.inference.processor import LLaSOProcessor
-from llaso_jax.inference.prompts import prompt_sample
 
 # Longest answers of LLaSO's own evaluation: llaso/evaluation/model_eval.py.
 MAX_NEW_TOKENS = {"ASR": 256}
 MAX_NEW_TOKENS_OTHERS = 1024
+JOINED = frozenset({"ASR"})  # tasks whose answers to parts of a recording make the answer to it
 WINDOW = 4  # batches sorted by length together, and the most that a kill loses
 
 
@@ -33,12 +35,14 @@ class Answering:
       batch_rows: questions at a time.
       max_new_tokens: longest answer; None: 256 for ASR and 1024 for others, as published.
       temperature, seed: of sampling; temperature 0 is greedy.
+      part_seconds: recordings of ASR that are longer are heard in parts; see `LLaSOProcessor.questions`.
     """
 
     batch_rows: int = 8
     max_new_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    part_seconds: float | None = None
 
 
 Change = Callable[
@@ -75,36 +79,31 @@ def answer_file(
     answers = {n: answer for n, answer in journal.answered().items() if n < len(file)}
     advance(len(answers))
     todo = [number for number in range(len(file)) if number not in answers]
-    asked: list[tuple[Sample, str]] = []
+    asked: deque[str] = deque()
+    part_seconds = settings.part_seconds if file.spec.task in JOINED else None
 
-    def samples() -> Iterator[Sample]:
+    def questions() -> Iterator[list[Sample]]:
         for number in todo:
-            asked.append(_sample(file, number, processor, change))
-            yield asked[-1][0]
+            prompts, text = _prompts(file, number, processor, change, part_seconds)
+            asked.append(text)
+            yield prompts
 
     longest = settings.max_new_tokens or MAX_NEW_TOKENS.get(file.spec.task, MAX_NEW_TOKENS_OTHERS)
     generation = model.generation_config(
         max_new_tokens=longest, temperature=settings.temperature, seed=settings.seed
     )
-    generated = generate_samples(
-        model.config,
-        model.params,
-        samples(),
+    generated = generate_answers(
+        model,
+        processor,
+        questions(),
         generation,
         batch_rows=settings.batch_rows,
         window=WINDOW,
-        compute=model.compute,
         mesh=mesh,
     )
-    for number, ids in zip(todo, generated, strict=True):
-        sample, text = asked.pop(0)
-        answers[number] = {
-            "answer": processor.decode(ids).strip(),
-            "audio_seconds": round(sample.audio_seconds, 3),
-            "audio_seconds_dropped": round(sample.seconds_dropped, 3),
-            "new_tokens": len(ids),
-            "ended": bool(ids) and ids[-1] in generation.eos_token_id,
-        }
+    for number, answer in zip(todo, generated, strict=True):
+        text, fields = asked.popleft(), dataclasses.asdict(answer)
+        answers[number] = {"answer": fields.pop("text"), **fields}
         if change is not None:
             answers[number]["asked"] = text
         journal.add(number, answers[number])
@@ -113,10 +112,14 @@ def answer_file(
     return journal.finished
 
 
-def _sample(
-    file: QuestionFile, number: int, processor: LLaSOProcessor, change: Change | None
-) -> tuple[Sample, str]:
-    """The prompt of one question, and the instruction in it."""
+def _prompts(
+    file: QuestionFile,
+    number: int,
+    processor: LLaSOProcessor,
+    change: Change | None,
+    part_seconds: float | None,
+) -> tuple[list[Sample], str]:
+    """The prompts of one question, and the instruction in them."""
     record = file[number]
     turns: Sequence[Turn] = _question(record)
     try:
@@ -128,17 +131,12 @@ def _sample(
         ]
         if change is not None:
             turns, audios = change(file, number, turns, audios)
-        sample = prompt_sample(
-            turns,
-            audios,
-            processor.tokenizer,
-            layout=processor.layout,
-            prompt=processor.prompt,
-            sample_id=record.sample_id,
+        prompts = processor.prompts(
+            turns, audios, part_seconds=part_seconds, sample_id=record.sample_id
         )
     except DataError as error:
         raise error.located(sample_id=record.sample_id, position=record.position)  # noqa: B904
-    return sample, turns[0].text
+    return prompts, turns[0].text
 
 
 def _question(record: Record) -> tuple[Turn, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from llaso_jax.data.audio import load_audio
+from llaso_jax.data.pauses import check_part_seconds
 from llaso_jax.errors import ConfigError
 from llaso_jax.evaluation.answering.answers import Answering, answer_file
 from llaso_jax.evaluation.answering.identity import file_identity, folder_identity
@@ -55,6 +56,7 @@ def plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(
             f"the model's name names a folder: {error}. Give another --name."
         ) from error
+    check_part_seconds(args.part_seconds)
     noise = _recordings(args.noise_files)
     read = functools.partial(
         load_audio, max_seconds=args.max_audio_seconds, policy=args.audio_policy
@@ -100,7 +102,9 @@ def answer_benchmark(args: argparse.Namespace, planned: Plan, console: Console) 
     for folder, made_with in kept.items():  # not before the checkpoint is known to open
         note_settings(folder, made_with, asked)
     write_task_list(planned.folder, planned.files)
-    answering = Answering(args.batch_size, args.max_new_tokens, args.temperature, args.seed)
+    answering = Answering(
+        args.batch_size, args.max_new_tokens, args.temperature, args.seed, args.part_seconds
+    )
     todo = [(file, planned.folder, None) for file in planned.files]
     for one, folder in planned.perturbed.items():
         perturber = planned.perturbers[one]
@@ -158,4 +162,5 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "max_audio_seconds": args.max_audio_seconds,
         "audio_policy": args.audio_policy,
+        "part_seconds": args.part_seconds,
     }
