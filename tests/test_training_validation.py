@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import jiwer
 import numpy as np
 import pytest
@@ -51,12 +53,18 @@ def _loader(cfg) -> SampleLoader:
     return SampleLoader(byte_tokenizer(), prompt=cfg.prompt, layout=layout_of(cfg.model))
 
 
-def _validator(folder, *, file: str = "eval.json", max_samples: int | None = None) -> Validator:
+def _validator(
+    folder,
+    *,
+    file: str = "eval.json",
+    max_samples: int | None = None,
+    compute: ComputeConfig | None = None,
+) -> Validator:
     cfg = config(_tree(folder, file))
     tokenizer = byte_tokenizer()
     return Validator(
         cfg.model,
-        ComputeConfig(),
+        compute or ComputeConfig(),
         Layout.of(cfg.model, make_mesh("1x1")),
         cfg.stages[0].data,
         _loader(cfg),
@@ -84,6 +92,18 @@ def test_every_held_out_sample_is_answered_once_in_file_order(report):
     )
     assert len(report.answers) == HELD_OUT
     assert sum(score.samples for score in report.tasks.values()) == HELD_OUT
+
+
+def test_a_bfloat16_run_generates_in_float32_on_a_cpu_and_has_its_own_loss(folder, report):
+    params = _params(config(_tree(folder)).model)
+    low = _validator(folder, compute=ComputeConfig(dtype="bfloat16"))(params)
+    assert low.answers == report.answers
+    assert low.loss != report.loss
+    assert low.loss == pytest.approx(report.loss, rel=0.02)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    stored_low = _validator(folder, compute=ComputeConfig(dtype="bfloat16"))(rounded)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    assert stored_low.answers == _validator(folder)(exact).answers
 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_samples_taken_one_by_one(folder, report):
