@@ -127,8 +127,7 @@ class Audit:
 
 def texts_of(record: Record) -> list[str]:
     """What of a record is compared: the spoken text that its metadata names, and answers that are no label."""
-    metadata = record.fields.get("metadata")
-    spoken = metadata.get("text", ()) if isinstance(metadata, dict) else ()
+    spoken = record.metadata.get("text", ())
     texts = (
         [spoken] if isinstance(spoken, str) else [text for text in spoken if isinstance(text, str)]
     )

@@ -112,8 +112,7 @@ def _by_task(data: Path, source: RecordSource, declared: TaskFiles) -> list[Ques
     labels: dict[str, set[str]] = defaultdict(set)
     for row in range(len(source)):
         record = source[row]
-        found = record.fields.get("metadata")
-        metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+        metadata = record.metadata
         task: Any = metadata.get("task")
         metric = metadata.get("metric")
         problem = _problem(data, task, metric, declared)
