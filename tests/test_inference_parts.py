@@ -87,8 +87,11 @@ def test_one_recording_at_a_time_is_asked_about_in_parts():
     two = [[clip(0.4), clip(0.5)]]
     with pytest.raises(ConfigError, match=r"has 2 audios and part_seconds=3"):
         processor.questions(two, "say it", sampling_rate=RATE, part_seconds=3)
-    with pytest.raises(ConfigError, match=r"part_seconds=0.5 is less than 1"):
+    with pytest.raises(ConfigError, match=r"part_seconds=0.5 is not a number of at least 1"):
         processor.questions(clip(0.4), "say it", sampling_rate=RATE, part_seconds=0.5)
+    for not_a_length in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"not a number"):
+            split_at_pauses(loaded(clip(0.4)), not_a_length)
     assert len(processor.questions(None, "no recording", part_seconds=3)[0]) == 1
 
 
@@ -106,7 +109,7 @@ def test_generate_hears_a_long_file_in_parts(checkpoint, tmp_path, capsys):  # n
     assert whole["audio_seconds"] == split["audio_seconds"] == 2.5
     assert split["new_tokens"] > whole["new_tokens"]
     assert main([*arguments, "--part-seconds", "0"]) == 1
-    assert "part_seconds=0 is less than 1" in capsys.readouterr().err
+    assert "part_seconds=0 is not a number of at least 1" in capsys.readouterr().err
 
 
 def test_evaluation_hears_recordings_of_asr_in_parts_and_no_others(checkpoint, small, capsys):  # noqa: F811
@@ -128,4 +131,6 @@ def test_evaluation_hears_recordings_of_asr_in_parts_and_no_others(checkpoint, s
     told = " ".join(capsys.readouterr().err.split())
     assert "part_seconds was 1.6 and is None" in told
     assert ask(small / "no-model", small, "--part-seconds", "0.2") == 1
-    assert "part_seconds=0.2 is less than 1" in " ".join(capsys.readouterr().err.split())
+    assert "part_seconds=0.2 is not a number of at least 1" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -1,6 +1,7 @@
 """Long recordings in parts, cut where they are quietest: a model transcribes what is as long as what it learnt from."""
 
 import itertools
+import math
 
 import numpy as np
 
@@ -44,10 +45,10 @@ def split_at_pauses(audio: LoadedAudio, longest_seconds: float) -> list[LoadedAu
 
 def check_part_seconds(seconds: float | None) -> None:
     """Raise ConfigError unless parts are at least a second, or None: recordings stay whole."""
-    if seconds is not None and not seconds >= SHORTEST_PART_SECONDS:
+    if seconds is not None and not SHORTEST_PART_SECONDS <= seconds < math.inf:
         raise ConfigError(
-            f"part_seconds={seconds:g} is less than {SHORTEST_PART_SECONDS:g}: choose about the length of the longest "
-            "recordings that the model was trained on."
+            f"part_seconds={seconds:g} is not a number of at least {SHORTEST_PART_SECONDS:g}: choose about the "
+            "length of the longest recordings that the model was trained on, or leave it out."
         )
 
 
