@@ -11,11 +11,12 @@ from llaso_jax.modeling.kernels import product
 from llaso_jax.modeling.kernels.product import matrix_product
 
 
-@pytest.fixture
-def arrays():
-    """x [2, 3, 40], weight [24, 40], a gradient of the result [2, 3, 24]; all bfloat16."""
+@pytest.fixture(params=[(40, 24), (24, 40)], ids=["narrows", "widens"])
+def arrays(request):
+    """x [2, 3, I], weight [O, I], a gradient of the result [2, 3, O]; all bfloat16."""
+    inputs, outputs = request.param
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, 3, 40), (24, 40), (2, 3, 24)
+    shapes = (2, 3, inputs), (outputs, inputs), (2, 3, outputs)
     made = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     return [array.astype(jnp.bfloat16) for array in made]
 

@@ -44,12 +44,18 @@ def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     d_x = _product(d_out, weight, d_out.ndim - 1, 0).astype(x.dtype)
-    rows_out, rows_in = (array.reshape(-1, array.shape[-1]) for array in (d_out, x))
-    d_weight = _product(rows_out, rows_in, 0, 0).astype(weight.dtype)
-    return d_x, d_weight
+    return d_x, _of_rows(d_out, x).astype(weight.dtype)
 
 
 _wide_product.defvjp(_forward, _backward)
+
+
+def _of_rows(d_out: jax.Array, x: jax.Array) -> jax.Array:
+    """f32[O, I]: the gradient of the weight. XLA:CPU transposes the first operand: the narrower one is."""
+    d_out, x = (array.reshape(-1, array.shape[-1]) for array in (d_out, x))
+    if d_out.shape[1] <= x.shape[1]:
+        return _product(d_out, x, 0, 0)
+    return _product(x, d_out, 0, 0).T
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
