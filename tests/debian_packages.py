@@ -5,11 +5,11 @@ import tarfile
 from pathlib import Path
 
 
-def debian_package(folder: Path, path: Path, *, member: str = "data.tar.xz") -> Path:
-    """A .deb with the files of `folder`: an ar archive of three members, as dpkg writes it."""
+def debian_package(folder: Path, path: Path, *, member: str = "data.tar.xz", at: str = ".") -> Path:
+    """A .deb with the files of `folder`, at `at`: an ar archive of three members, as dpkg writes it."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:xz") as tar:
-        tar.add(folder, arcname=".")
+        tar.add(folder, arcname=at)
     members = [
         ("debian-binary", b"2.0\n"),
         ("control.tar.xz", b"odd"),

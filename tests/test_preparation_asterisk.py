@@ -97,6 +97,13 @@ def test_what_is_no_package_is_refused(tmp_path, content, told):
         unpack([tmp_path / "x.deb"], tmp_path, fetch=PACKAGES)
 
 
+def test_a_package_writes_nothing_outside_of_its_folder(unpacked, tmp_path):
+    deb = debian_package(unpacked, tmp_path / "x.deb", at="../escaped")
+    with pytest.raises(DataError, match=r"holds '\.\./escaped/.*', a path outside of its folder"):
+        unpack([deb], tmp_path / "scratch", fetch=PACKAGES)
+    assert not (tmp_path / "escaped").exists()
+
+
 def test_a_package_of_unknown_compression_is_refused(unpacked, tmp_path):
     deb = debian_package(unpacked, tmp_path / "x.deb")
     deb.write_bytes(deb.read_bytes().replace(b"\xfd7zXZ", b"(\xb5/\xfdX", 1))
