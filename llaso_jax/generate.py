@@ -146,7 +146,6 @@ def _generate(args: argparse.Namespace) -> None:
         questions,
         settings,
         batch_rows=min(args.batch_size, sum(map(len, questions))),
-        mesh=mesh,
     )
     line = _as_json if args.json else _as_text
     for name, answer in zip(args.audio or [None], answers, strict=True):

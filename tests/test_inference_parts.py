@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import soundfile as sf
-from test_evaluation_run import MINI, ask, small  # noqa: F401 - a fixture
+from test_evaluation_run import ask, small  # noqa: F401 - a fixture
 from test_generate_cli import checkpoint  # noqa: F401 - a fixture
 from test_inference_api import clip, make
 

@@ -28,6 +28,8 @@ def split_at_pauses(audio: LoadedAudio, longest_seconds: float) -> list[LoadedAu
     """
     check_part_seconds(longest_seconds)
     longest = int(longest_seconds * SAMPLE_RATE)
+    if len(audio.samples) <= longest:
+        return [audio]
     energy = _mean_energy(audio.samples)
     cuts, end = [0], len(audio.samples)
     while (left := end - cuts[-1]) > longest:

@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jax.sharding import Mesh
-
 from llaso_jax.data.samples import Sample
 from llaso_jax.inference.batched import WINDOW, generate_samples
 from llaso_jax.inference.model import LLaSOModel
@@ -39,7 +37,6 @@ def generate_answers(
     *,
     batch_rows: int,
     window: int = WINDOW,
-    mesh: Mesh | None = None,
 ) -> Iterator[Answer]:
     """The answer to every question, in order.
 
@@ -64,7 +61,7 @@ def generate_answers(
         batch_rows=batch_rows,
         window=window,
         compute=model.compute,
-        mesh=mesh,
+        mesh=model.mesh,
     )
     for ids in generated:
         said.append(ids)

@@ -92,7 +92,6 @@ class FrozenEncoder:
 
 @functools.lru_cache(maxsize=4)
 def _make_encode(cfg: SpeechLMConfig, compute: ComputeConfig, layout: Layout) -> Callable:
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
 
     def encode(
         params: Params,
@@ -104,7 +103,7 @@ def _make_encode(cfg: SpeechLMConfig, compute: ComputeConfig, layout: Layout) ->
         """[G, B, C, T, D]: `features` where they are `known`, what the encoder gives elsewhere."""
         model = bind(cfg, params, compute)
         with use_rules(layout.mesh, layout.rules):
-            if len(mel) == 1 or on_cpu:  # one after the other, as in the step
+            if len(mel) == 1 or layout.on_cpu:  # one after the other, as in the step
                 pairs = zip(mel, mel_frames, strict=True)
                 encoded = jnp.stack([model.encode(*pair) for pair in pairs])
             else:

@@ -72,6 +72,11 @@ class Layout:
         return NamedSharding(self.mesh, P())
 
     @property
+    def on_cpu(self) -> bool:
+        """The mesh is of CPU devices."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def batch_shards(self) -> int:
         """Number of parts a batch's rows are split into."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.activation["batch"])
@@ -101,12 +106,11 @@ def random_params(
     paths = [path for path in abstract_params(cfg) if wanted(path)]
     shardings = unflatten({path: layout.params[path] for path in paths})
     # The program runs once: on CPU, optimizing it takes four times what it saves (16 s of 20 s).
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     init = jax.jit(
         lambda key: split(init_params(cfg, key), wanted)[0],
         out_shardings=shardings,
-        compiler_options=options if on_cpu else None,
+        compiler_options=options if layout.on_cpu else None,
     )
     return init(jax.random.key(seed))
 

@@ -175,9 +175,10 @@ class Validator:
     ) -> None:
         self._held_out = HeldOutSet(cfg, data, loader, max_samples=max_samples)
         self._cfg, self._layout = cfg, layout
-        on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
         # XLA:CPU has no fast product of one position in bfloat16: 32 answers took 5 minutes in it.
-        self._generate_in = dataclasses.replace(compute, dtype="float32") if on_cpu else compute
+        self._generate_in = dataclasses.replace(
+            compute, dtype="float32" if layout.on_cpu else compute.dtype
+        )
         self._tokenizer = tokenizer
         self._generation = GenerationConfig(
             max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=loader.pad_id
@@ -190,7 +191,7 @@ class Validator:
         return self._held_out.report(self._generate(params), loss=self._mean_loss(params))
 
     def _generate(self, params: Params) -> list[str]:
-        if self._generate_in.dtype == "float32":
+        if self._layout.on_cpu:
             params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         answers = generate_samples(
             self._cfg,

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from llaso_jax.data.audio import LoadedAudio, load_audio
 from llaso_jax.data.prompt import Turn
 from llaso_jax.data.records import Record
@@ -59,7 +57,6 @@ def answer_file(
     processor: LLaSOProcessor,
     settings: Answering,
     *,
-    mesh: Mesh | None = None,
     change: Change | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Path:
@@ -99,7 +96,6 @@ def answer_file(
         generation,
         batch_rows=settings.batch_rows,
         window=WINDOW,
-        mesh=mesh,
     )
     for number, answer in zip(todo, generated, strict=True):
         text, fields = asked.popleft(), dataclasses.asdict(answer)

@@ -119,7 +119,6 @@ def answer_benchmark(args: argparse.Namespace, planned: Plan, console: Console) 
                 model,
                 processor,
                 answering,
-                mesh=mesh,
                 change=change,
                 advance=lambda count: progress.update(bar, advance=count),
             )
