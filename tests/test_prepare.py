@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import sys
 from collections import Counter
@@ -68,7 +69,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @needs_espeak
 def test_a_corpus_is_what_training_and_evaluation_read(corpus):
     heard = set()
-    for name in FILES.values():
+    for name in itertools.chain(*FILES.values()):
         source = RecordSource([corpus / name])
         assert len(source) > 0, name
         for record in (source[i] for i in range(len(source))):
@@ -146,11 +147,19 @@ def test_clips_that_are_not_understood_leave_questions_about_their_words_out():
 
     clear, unclear = files(0.3), files(0.31)
     tasks = {name: {r["metadata"]["task"] for r in records} for name, records in unclear.items()}
-    assert all(tasks[name] == set() for name in FILES.values() if "align" in name)
-    assert tasks["instruct_train.json"] == {"SGC", "AC"}  # the first two tasks, of 20 clips
-    assert {r["metadata"]["task"] for r in clear["align_train.json"]} == {"ASR"}
-    assert {"ASR", "SGC", "IP", "EE", "AQA_a", "AQA_at"} <= {
-        r["metadata"]["task"] for r in clear["instruct_train.json"]
+    assert {name for name, found in tasks.items() if found} == {
+        "instruct_train_voice.json",
+        "dev_instruct.json",
+        "test_instruct.json",
+    }
+    assert tasks["instruct_train_voice.json"] == {"SGC", "AC"}  # the first two tasks, of 20 clips
+    tasks = {name: {r["metadata"]["task"] for r in records} for name, records in clear.items()}
+    assert {name: tasks[name] for name in FILES["train"]} == {
+        "align_train.json": {"ASR"},
+        "instruct_train_speech.json": {"ASR"},
+        "instruct_train_voice.json": {"SGC", "AC"},
+        "instruct_train_question.json": {"AQA_a", "AQA_at"},
+        "instruct_train_command.json": {"IP", "EE"},
     }
 
 
@@ -159,7 +168,10 @@ def test_instruct_has_recognition_of_the_clips_that_nothing_else_is_asked_about(
     made = [Made(clip, RenderedClip(clip.spec.path, 1.0, "0"), True) for clip in plan.clips]
     files = records_of(made, seed=0)
     recognised = {
-        r["voice"][0] for r in files["instruct_train.json"] if r["metadata"]["task"] == "ASR"
+        record["voice"][0]
+        for name, records in files.items()
+        for record in records
+        if name.startswith("instruct_train") and record["metadata"]["task"] == "ASR"
     }
     assert recognised == {
         c.spec.path for c in plan.clips if c.split == "train" and c.family == "speech"

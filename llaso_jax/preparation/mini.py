@@ -10,6 +10,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,20 +20,29 @@ from llaso_jax.evaluation.metrics.text import whisper_english
 from llaso_jax.preparation.audit import Audit, audit, texts_of
 from llaso_jax.preparation.data_card import data_card
 from llaso_jax.preparation.grams import HELD_OUT_GRAMS, Grams
-from llaso_jax.preparation.plan import RULE_SHARE, Plan, PlannedClip, make_plan
+from llaso_jax.preparation.plan import FAMILIES, RULE_SHARE, Plan, PlannedClip, make_plan
 from llaso_jax.preparation.records import write_records
 from llaso_jax.preparation.texts import SENTENCES, SPLITS, Split, read_texts
 from llaso_jax.speech.render import RenderedClip, render
 
 MAX_WER = 0.3
 SETTINGS_FILE = "settings.json"
-FILES = {
-    ("align", "train"): "align_train.json",
-    ("instruct", "train"): "instruct_train.json",
-    ("align", "dev"): "dev_align.json",
-    ("instruct", "dev"): "dev_instruct.json",
-    ("align", "test"): "test_align.json",
-    ("instruct", "test"): "test_instruct.json",
+
+
+def align_file(split: Split) -> str:
+    """Speech recognition of every clip."""
+    return "align_train.json" if split == "train" else f"{split}_align.json"
+
+
+def instruct_file(split: Split, family: str) -> str:
+    """All tasks. In training a file for each family, to be mixed by weight: a voice is told in a word or two, a
+    transcript takes fifteen."""
+    return f"instruct_train_{family}.json" if split == "train" else f"{split}_instruct.json"
+
+
+FILES: dict[Split, tuple[str, ...]] = {
+    split: (align_file(split), *dict.fromkeys(instruct_file(split, name) for name in FAMILIES))
+    for split in SPLITS
 }
 
 
@@ -211,16 +221,16 @@ def records_of(made: Iterable[Made], seed: int) -> dict[str, list[dict[str, Any]
     `align` is speech recognition of every clip; `instruct` has it for the clips that nothing else is asked about, and
     every other task. A record whose answer hangs on the words is left out where they cannot be understood.
     """
-    files: dict[str, list[dict[str, Any]]] = {name: [] for name in FILES.values()}
+    files: dict[str, list[dict[str, Any]]] = {name: [] for name in chain(*FILES.values())}
     for planned, _, understood in made:
         for record, spoken in zip(planned.records, planned.spoken, strict=True):
             if spoken and not understood:
                 continue
             recognition = record["metadata"]["task"] == "ASR"
             if recognition:
-                files[FILES["align", planned.split]].append(record)
+                files[align_file(planned.split)].append(record)
             if not recognition or planned.family == "speech":
-                files[FILES["instruct", planned.split]].append(record)
+                files[instruct_file(planned.split, planned.family)].append(record)
     for name, records in files.items():
         random.Random(f"{seed}/{name}").shuffle(records)
     return files
@@ -237,7 +247,7 @@ def audits_of(output: Path, settings: MiniSettings, workers: int) -> dict[str, A
 
 
 def _paths(output: Path, split: Split) -> list[Path]:
-    return [output / name for (_, of), name in FILES.items() if of == split]
+    return [output / name for name in FILES[split]]
 
 
 COLUMNS = (
