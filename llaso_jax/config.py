@@ -63,12 +63,14 @@ class EvaluationConfig:
 
     Attributes:
       every_steps: validate every so many optimizer steps; 0: only before and after the stage.
+      before: validate before the first step. An untrained model rarely ends its answers, which takes its time.
       max_samples: records used (the first ones); null for all.
       batch_rows: prompts generated at a time.
       max_new_tokens: longest answer.
     """
 
     every_steps: int = 0
+    before: bool = True
     max_samples: int | None = 512
     batch_rows: int = 32
     max_new_tokens: int = 64

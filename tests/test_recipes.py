@@ -20,7 +20,7 @@ from llaso_jax.training.optimizer import OptimizerConfig, learning_rate_scales
 from llaso_jax.training.state import Layout
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-OF_ONE_DEVICE = ("mini_align",)  # batches of two CPU cores, too small to split
+OF_ONE_DEVICE = ("mini_align", "mini_instruct")  # batches of two CPU cores, too small to split
 LLASO_BASE = tuple(name for name in NAMES if name.startswith("llaso_base"))
 
 # Llama-3.2's 128,256 tokens and the five of LLaSO.

@@ -228,6 +228,15 @@ def test_validation_does_not_disturb_training(trained, folder):
     assert losses(trained.output) == losses(folder / "blind")
 
 
+def test_validation_before_training_can_be_left_out(trained, folder):
+    evaluation = {"every_steps": 2, "before": False, "max_new_tokens": 6, "batch_rows": 4}
+    stage = {"max_steps": 4, "parameters": list(PROJECTOR)}
+    late = run(_tree(folder, **stage, evaluation=evaluation), folder / "late")
+    assert [r["step"] for r in records(late.output, "eval")] == [2, 4]
+    assert late.before is None
+    assert late.after == trained.after
+
+
 def test_a_finished_run_knows_its_scores_from_before(trained, folder):
     evaluation = {"every_steps": 2, "max_new_tokens": 6, "batch_rows": 4}
     stage = {"max_steps": 4, "parameters": list(PROJECTOR)}

@@ -215,7 +215,7 @@ class LLaSOModel:
 
 
 def resolve_dtype(dtype: Dtype) -> Literal["float32", "bfloat16"]:
-    """`auto` is float32 on CPU, where bfloat16 is 2.5-12.7x slower, and bfloat16 on accelerators."""
+    """`auto` is float32 on CPU, where generation in bfloat16 is slow, and bfloat16 on accelerators."""
     if dtype == "auto":
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):

@@ -194,7 +194,8 @@ class StageRun:
         ):
             resumed_at = self._resume(checkpoints)
             validate = self._validator()
-            if validate is not None and self.step == 0 and self.before is None:
+            early = self.stage.evaluation.before and self.step == 0
+            if validate is not None and early and self.before is None:
                 self.before = self._validate(validate)
             self._train(checkpoints, validate)
             # A stage that was already complete is scored again only if nothing follows it.
