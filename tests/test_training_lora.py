@@ -1,9 +1,13 @@
 """A recipe that adds adapters to finished weights: what is trained, saved, resumed and exported."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from reference import jit
 from training_setup import (
+    MODEL,
     PROJECTOR,
     inputs_folder,  # noqa: F401 - the fixture `folder`
     losses,
@@ -12,12 +16,14 @@ from training_setup import (
     shared_programs,  # noqa: F401 - the fixture `compile_once`
 )
 
+from llaso_jax.config import RunConfig, parse_config
 from llaso_jax.conversion import load_model, read_info
 from llaso_jax.errors import ConfigError, InterruptedRunError
 from llaso_jax.inference.pretrained import load_pretrained
 from llaso_jax.modeling.functional import bind, flatten
 from llaso_jax.modeling.lora import LoraRule
 from llaso_jax.training import loop
+from llaso_jax.training.run import model_config
 
 LORA = [
     {"pattern": "language_model/layers/self_attn/[qv]_proj", "rank": 2, "dropout": 0.3},
@@ -106,6 +112,20 @@ def test_other_adapters_than_the_weights_have_are_refused(finished, folder, tmp_
     tree = adapted(folder) | {"weights": str(finished / "model"), "lora": [{"pattern": ".*/fc2"}]}
     with pytest.raises(ConfigError, match=r"differs from the adapters.*\[qv\]_proj"):
         run(tree, tmp_path / "out")
+
+
+@pytest.mark.parametrize("named", [(), ("model",), ("lora",), ("model", "lora")])
+def test_a_recipe_for_a_model_with_adapters_may_name_what_it_has(finished, folder, named):
+    given = {"model": None, "lora": []} | {
+        name: value for name, value in (("model", MODEL), ("lora", LORA)) if name in named
+    }
+    tree = recipe(folder, weights=str(finished / "model"), **given)
+    cfg = parse_config(RunConfig, json.loads(json.dumps(tree)))
+    assert model_config(cfg) == read_info(finished / "model").cfg
+    other = dataclasses.replace(model_config(cfg), audio_mode="padded")
+    assert other != model_config(cfg)
+    with pytest.raises(ConfigError, match="differs from the architecture"):
+        model_config(dataclasses.replace(cfg, model=other))
 
 
 def test_a_pattern_without_a_linear_layer_is_an_error_of_the_recipe(folder, tmp_path):

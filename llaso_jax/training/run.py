@@ -175,7 +175,9 @@ def model_config(cfg: RunConfig) -> SpeechLMConfig:
         model = cfg.model
     else:
         model = read_config(resolve_path(cfg.weights))
-        if cfg.model is not None and cfg.model != model:
+        # Adapters may stand in 'model', in 'lora' (compared below), or only with the weights.
+        own = model.lora if cfg.model is None or not cfg.model.lora else cfg.model.lora
+        if cfg.model is not None and dataclasses.replace(cfg.model, lora=own) != model:
             raise ConfigError(
                 f"'model' of the recipe differs from the architecture of weights={cfg.weights!r}: leave "
                 f"'model' out, or leave 'weights' out to train from random weights."
