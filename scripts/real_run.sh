@@ -44,8 +44,17 @@ llaso prepare mini --output "$out/corpus" --sentences "$out/wordnet.txt" --rule-
 step "stage 1"
 llaso train --mesh 1x1 --config mini_align --output "$out/align"
 
-step "human speech; then the same prompts, each with another's recording"
-llaso evaluate run --checkpoint "$out/align/model" --data "$out/held-out/eval.json" --output "$out/evaluation" \
-  --max-new-tokens 96 --part-seconds 12 --perturb swap:1
+step "stage 2"
+llaso train --mesh 1x1 --config mini_instruct --output "$out/instruct"
+
+step "human speech after each stage; after the second also each prompt with another's recording"
+evaluate() {
+  llaso evaluate run --checkpoint "$out/$1/model" --data "$2" --output "$out/evaluation/$1-$3" --max-new-tokens 48 "${@:4}"
+}  # the longest answer of training has 40 tokens
+evaluate align "$out/held-out/eval.json" human --part-seconds 12
+evaluate instruct "$out/held-out/eval.json" human --part-seconds 12 --perturb swap:1
+
+step "all ten tasks, on texts that training has none of"
+evaluate instruct "$out/corpus/test_instruct.json" tasks
 
 step "done"
