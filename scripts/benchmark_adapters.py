@@ -12,7 +12,6 @@ the slowest and quickest.
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from benchmark_cpu import (
     Case,
     converted,
     measure,
+    start,
     torch_llama,
     torch_projector,
     torch_whisper,
@@ -69,19 +69,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--force", action="store_true", help="run on a machine that is busy")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
-    if load > 0.3 and not args.force:
-        raise SystemExit(f"the load average is {load:.1f}: wait for a quiet machine, or --force")
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch makes its pool
-    import torch
-
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
+    load = start(force=args.force)
     sides = make_sides(args.layers)
-    expected = [float(sides["torch f32, padded"]()) for _ in range(2)]
-    for name, run in sides.items():
-        if name == "torch f32, padded":
-            continue
+    (_, first), *others = sides.items()
+    expected = [float(first()) for _ in range(2)]
+    for name, run in others:
         apart = max(abs(float(run()) - loss) / loss for loss in expected)  # a step each
         if apart > (F32_APART if "f32" in name else BF16_APART):
             raise SystemExit(f"{name}: losses are {apart:.1e} apart, not comparable")

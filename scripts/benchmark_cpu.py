@@ -56,14 +56,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--force", action="store_true", help="run on a machine that is busy")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
-    if load > 0.3 and not args.force:
-        raise SystemExit(f"the load average is {load:.1f}: wait for a quiet machine, or --force")
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch makes its pool
-    import torch
-
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
+    load = start(force=args.force)
     print(f"{args.repeats} repeats, {THREADS} threads, load average before: {load:.2f}")
     print("| case | side | ms: median (least to most) | ours is faster by | goal |")
     print("|---|---|---|---|---|")
@@ -83,6 +76,23 @@ def main() -> None:
                 raise SystemExit(f"{name}, {dtype}: outputs are {apart:.1e} apart, not comparable")
             print(f"{name}, {dtype}: {apart:.1e} of the largest apart", file=sys.stderr)
         report(name, case, measure(case, args.repeats))
+
+
+def start(*, force: bool) -> float:
+    """Give torch its threads and a seed; the load average.
+
+    Raises:
+      SystemExit: the machine is busy, and that is not to be ignored by `force`.
+    """
+    load = os.getloadavg()[0]
+    if load > 0.3 and not force:
+        raise SystemExit(f"the load average is {load:.1f}: wait for a quiet machine, or --force")
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch makes its pool
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    return load
 
 
 def measure(case: Case, repeats: int) -> dict[str, list[float]]:
