@@ -109,20 +109,20 @@ def make_sides(layers: int) -> dict[str, Callable[[], Any]]:
         torch_whisper(1, WIDTH, 6), llama, projector, audio_mode="true_length", stack=STACK
     )
     clips = make_clips()
-    rows = packed(clips)
+    together = laid_out(packed(clips), LENGTH)
+    apart = laid_out([[clip] for clip in clips], max(clip.length for clip in clips))
     ours = {
-        f"llaso_jax {name}": our_step(cfg, params, clips, rows, dtype)
+        f"llaso_jax {name}": our_step(cfg, params, together, dtype)
         for name, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
     }
     first = ours["llaso_jax f32"].adapters  # pyright: ignore[reportFunctionMemberAccess]
-    theirs = {}
-    for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-        modules = copy.deepcopy(projector), copy.deepcopy(llama)
-        theirs[f"torch {name}, padded"] = TorchStep(
-            *modules, first, [[clip] for clip in clips], dtype
+    theirs = {
+        f"torch {name}, {rows}": TorchStep(
+            copy.deepcopy(projector), copy.deepcopy(llama), first, batch, dtype
         )
-        modules = copy.deepcopy(projector), copy.deepcopy(llama)
-        theirs[f"torch {name}, packed"] = TorchStep(*modules, first, rows, dtype, length=LENGTH)
+        for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
+        for rows, batch in (("padded", apart), ("packed", together))
+    }
     return theirs | ours
 
 
@@ -160,21 +160,52 @@ def packed(clips: list[Clip]) -> list[list[Clip]]:
     return rows
 
 
+def laid_out(rows: list[list[Clip]], length: int) -> dict[str, Any]:
+    """The batch contract, with features in the place of mel."""
+    import numpy as np
+
+    batch: dict[str, Any] = {
+        "tokens": np.zeros((len(rows), length), np.int32),
+        "audio_slot": np.full((len(rows), length), -1, np.int32),
+        "positions": np.zeros((len(rows), length), np.int32),
+        "segment_ids": np.zeros((len(rows), length), np.int32),
+        "features": np.zeros((len(rows), CHUNKS, FRAMES, WIDTH), np.float32),
+        "mel_frames": np.zeros((len(rows), CHUNKS), np.int32),
+        "answer_index": np.full((len(rows), ANSWERS_PER_ROW), -1, np.int32),
+        "answer_token": np.zeros((len(rows), ANSWERS_PER_ROW), np.int32),
+    }
+    for b, row in enumerate(rows):
+        start = 0
+        for number, clip in enumerate(row):
+            audio = start + len(clip.before)
+            text, end = audio + clip.slots, start + clip.length
+            batch["tokens"][b, start:audio] = clip.before
+            batch["tokens"][b, text:end] = [*clip.after, *clip.answer]
+            batch["audio_slot"][b, audio:text] = number * SLOTS + np.arange(clip.slots)
+            batch["positions"][b, start:end] = np.arange(clip.length)
+            batch["segment_ids"][b, start:end] = number + 1
+            batch["features"][b, number, : len(clip.features)] = clip.features
+            batch["mel_frames"][b, number] = 2 * len(clip.features)
+            places = slice(number * ANSWER, (number + 1) * ANSWER)
+            batch["answer_index"][b, places] = np.arange(end - ANSWER - 1, end - 1)
+            batch["answer_token"][b, places] = clip.answer
+            start = end
+    return batch
+
+
 # --- torch's side ---------------------------------------------------------------------------------
 
 
 class TorchStep:
-    """A step on rows of clips: of one each, or of several with a mask between them."""
+    """A step on a batch whose rows have one clip, or several with a mask between them."""
 
     def __init__(
         self,
         projector: Any,
         llama: Any,
         adapters: dict[str, Any],
-        rows: list[list[Clip]],
+        batch: dict[str, Any],
         dtype: Any,
-        *,
-        length: int | None = None,
     ) -> None:
         import peft
         import torch
@@ -187,8 +218,8 @@ class TorchStep:
             if "lora_A" in name:
                 weight.data.copy_(torch.tensor(adapters[name[name.index("layers.") :]]))
         self.projector = projector.to(dtype)
-        self.dtype, self.mask = dtype, None
-        self._lay_out(rows, length or max(sum(c.length for c in row) for row in rows))
+        self.dtype = dtype
+        self._take(batch)
         self.trained = [
             *self.projector.parameters(),
             *(p for p in self.llama.parameters() if p.requires_grad),
@@ -197,32 +228,21 @@ class TorchStep:
             self.trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
 
-    def _lay_out(self, rows: list[list[Clip]], length: int) -> None:
+    def _take(self, batch: dict[str, Any]) -> None:
+        """Torch's form of the batch contract: flat places of audio and answers, a mask between clips."""
         import torch
 
-        shape = len(rows), length
-        self.ids = torch.zeros(shape, dtype=torch.int64)
-        self.positions = torch.zeros(shape, dtype=torch.int64)
-        segment = torch.zeros(shape, dtype=torch.int64)
-        heard, answers, labels = [], [], []
-        for b, row in enumerate(rows):
-            start = 0
-            for number, clip in enumerate(row, 1):
-                audio = start + len(clip.before)
-                text = audio + clip.slots
-                end = start + clip.length
-                self.ids[b, start:audio] = torch.tensor(clip.before)
-                self.ids[b, text:end] = torch.tensor([*clip.after, *clip.answer])
-                self.positions[b, start:end] = torch.arange(clip.length)
-                segment[b, start:end] = number
-                heard += [b * length + audio + i for i in range(clip.slots)]
-                answers += [b * length + end - ANSWER - 1 + i for i in range(ANSWER)]
-                labels += clip.answer.tolist()
-                start = end
-        self.heard, self.answers = torch.tensor(heard), torch.tensor(answers)
-        self.labels = torch.tensor(labels)
-        features = [clip.features.reshape(clip.slots, -1) for row in rows for clip in row]
-        self.features = torch.cat([torch.tensor(part) for part in features]).to(self.dtype)
+        given = {name: torch.tensor(array) for name, array in batch.items()}
+        slots, answers, segment = (
+            given[name] for name in ("audio_slot", "answer_index", "segment_ids")
+        )
+        row = torch.arange(len(slots))[:, None]
+        self.ids, self.positions = given["tokens"], given["positions"]
+        self.heard = (slots >= 0).flatten().nonzero()[:, 0]
+        stacked = given["features"].view(len(slots), -1, STACK * WIDTH)
+        self.features = stacked[row.expand_as(slots)[slots >= 0], slots[slots >= 0]].to(self.dtype)
+        self.answers = (answers + row * slots.shape[1])[answers >= 0]
+        self.labels = given["answer_token"][answers >= 0].long()
         same = (segment[:, None, :, None] == segment[:, None, None, :]).tril()
         self.mask = torch.zeros(same.shape, dtype=self.dtype).masked_fill(
             ~same, torch.finfo(self.dtype).min
@@ -252,9 +272,7 @@ class TorchStep:
 # --- our side -------------------------------------------------------------------------------------
 
 
-def our_step(
-    cfg: Any, params: Any, clips: list[Clip], rows: list[list[Clip]], dtype: Any
-) -> Callable[[], Any]:
+def our_step(cfg: Any, params: Any, batch: dict[str, Any], dtype: Any) -> Callable[[], Any]:
     """The training step of the recipe. Its attribute `adapters` has the first lora_A by peft's names."""
     import jax
     import jax.numpy as jnp
@@ -284,11 +302,11 @@ def our_step(
     state = create_state(trainable, optimizer, layout)
     compute = ComputeConfig(dtype=dtype, remat=recipe.precision.remat)
     step = make_train_step(cfg, compute, optimizer, trainable, layout)
-    batch = place_batch(our_batch(rows), 1, layout)
+    placed = place_batch(batch, 1, layout)
 
     def run() -> Any:
         nonlocal state
-        state, metrics = step(state, frozen, batch, np.float32(LEARNING_RATE))
+        state, metrics = step(state, frozen, placed, np.float32(LEARNING_RATE))
         return metrics.loss.block_until_ready()
 
     run.adapters = {  # pyright: ignore[reportFunctionMemberAccess]
@@ -300,41 +318,6 @@ def our_step(
         for layer in range(len(stacked))
     }
     return run
-
-
-def our_batch(rows: list[list[Clip]]) -> dict[str, Any]:
-    """The batch contract, with features in the place of mel."""
-    import ml_dtypes
-    import numpy as np
-
-    batch: dict[str, Any] = {
-        "tokens": np.zeros((ROWS, LENGTH), np.int32),
-        "audio_slot": np.full((ROWS, LENGTH), -1, np.int32),
-        "positions": np.zeros((ROWS, LENGTH), np.int32),
-        "segment_ids": np.zeros((ROWS, LENGTH), np.int32),
-        "features": np.zeros((ROWS, CHUNKS, FRAMES, WIDTH), np.float32),
-        "mel_frames": np.zeros((ROWS, CHUNKS), np.int32),
-        "answer_index": np.full((ROWS, ANSWERS_PER_ROW), -1, np.int32),
-        "answer_token": np.zeros((ROWS, ANSWERS_PER_ROW), np.int32),
-    }
-    for b, row in enumerate(rows):
-        start = 0
-        for number, clip in enumerate(row):
-            audio = start + len(clip.before)
-            text, end = audio + clip.slots, start + clip.length
-            batch["tokens"][b, start:audio] = clip.before
-            batch["tokens"][b, text:end] = [*clip.after, *clip.answer]
-            batch["audio_slot"][b, audio:text] = number * SLOTS + np.arange(clip.slots)
-            batch["positions"][b, start:end] = np.arange(clip.length)
-            batch["segment_ids"][b, start:end] = number + 1
-            batch["features"][b, number, : len(clip.features)] = clip.features
-            batch["mel_frames"][b, number] = 2 * len(clip.features)
-            places = slice(number * ANSWER, (number + 1) * ANSWER)
-            batch["answer_index"][b, places] = np.arange(end - ANSWER - 1, end - 1)
-            batch["answer_token"][b, places] = clip.answer
-            start = end
-    batch["features"] = batch["features"].astype(ml_dtypes.bfloat16)
-    return batch
 
 
 if __name__ == "__main__":
